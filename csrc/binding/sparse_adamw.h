@@ -1,0 +1,113 @@
+// From lists of tensors to lists of matrices: what the CPU and the CUDA binding of family
+// sparse_adamw share.
+#pragma once
+#include <vector>
+
+#include "../kernels/sparse_adamw.h"
+#include "checks.h"
+
+namespace partune {
+
+using TensorList = std::vector<Tensor>;
+
+inline bool same_layout(const Tensor& a, const Tensor& b) {
+  if (a.dim() != b.dim()) return false;
+  for (int64_t d = 0; d < a.dim(); ++d) {
+    if (a.size(d) != b.size(d)) return false;
+    if (a.size(d) > 1 && a.stride(d) != b.stride(d)) return false;
+  }
+  return true;
+}
+
+// Whether the elements of a tensor are exactly its first numel storage positions.
+inline bool is_dense(const Tensor& tensor) {
+  int64_t span = 1;
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    if (tensor.size(d) > 1) {
+      if (tensor.stride(d) <= 0) return false;
+      span += (tensor.size(d) - 1) * tensor.stride(d);
+    }
+  }
+  return tensor.numel() == 0 || span == tensor.numel();
+}
+
+// Gradient and CSR of one parameter. Without a parameter (found_inf_) the gradient tells the shape.
+inline SparseAdamWMatrix pack_gradient(const char* op, const Tensor& shape, const Tensor& grad,
+                                       const Tensor& crow_indices, const Tensor& col_indices) {
+  SparseAdamWMatrix m{};
+  m.grad = grad.const_data_ptr();
+  m.nnz = col_indices.numel();
+  if (crow_indices.numel() == 0) {
+    STD_TORCH_CHECK(m.nnz == 0, op, ": col_indices without crow_indices");
+    STD_TORCH_CHECK(same_layout(shape, grad) && is_dense(shape), op,
+                    ": a dense parameter and its gradient must have the same dense layout");
+    m.rows = 1;
+    m.columns = m.nnz = shape.numel();
+    m.weight_column_stride = m.grad_column_stride = 1;
+    m.weight_row_stride = m.grad_row_stride = m.columns;
+    return m;
+  }
+  check_vector(op, "crow_indices", crow_indices, shape, {ScalarType::Long}, crow_indices.numel());
+  check_vector(op, "col_indices", col_indices, shape, {ScalarType::Int}, m.nnz);
+  m.rows = crow_indices.numel() - 1;
+  m.crow_indices = crow_indices.const_data_ptr<int64_t>();
+  m.col_indices = col_indices.const_data_ptr<int32_t>();
+  m.grad_is_compact = grad.dim() == 1;
+  if (m.grad_is_compact) {
+    check_vector(op, "compact grads", grad, shape, {grad.scalar_type()}, m.nnz);
+  } else {
+    const MatrixView view = matrix_view(op, "grads", grad, m.rows);
+    m.columns = view.columns;
+    m.grad_row_stride = view.row_stride;
+    m.grad_column_stride = view.column_stride;
+  }
+  return m;
+}
+
+inline SparseAdamWMatrix pack_matrix(const char* op, const Tensor& weight, const Tensor& grad,
+                                     const Tensor& crow_indices, const Tensor& col_indices,
+                                     const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor* master,
+                                     const Tensor& state_step, int64_t parameter_id) {
+  STD_TORCH_CHECK(grad.device() == weight.device(), op, ": grads must be on the parameter's device");
+  SparseAdamWMatrix m = pack_gradient(op, weight, grad, crow_indices, col_indices);
+  m.weight = weight.mutable_data_ptr();
+  if (m.col_indices) {
+    const MatrixView view = matrix_view(op, "self", weight, m.rows);
+    STD_TORCH_CHECK(m.grad_is_compact || m.columns == view.columns, op,
+                    ": grads and self must have the same shape");
+    m.columns = view.columns;
+    m.weight_row_stride = view.row_stride;
+    m.weight_column_stride = view.column_stride;
+    for (const Tensor* moment : {&exp_avg, &exp_avg_sq}) {
+      check_vector(op, "exp_avgs and exp_avg_sqs", *moment, weight, {exp_avg.scalar_type()}, m.nnz);
+    }
+  } else {
+    for (const Tensor* moment : {&exp_avg, &exp_avg_sq}) {
+      check_dtype(op, "exp_avgs and exp_avg_sqs", *moment, {exp_avg.scalar_type()});
+      STD_TORCH_CHECK(same_layout(*moment, weight) && moment->device() == weight.device(), op,
+                      ": the moments of a dense parameter must have its layout");
+    }
+  }
+  m.exp_avg = exp_avg.mutable_data_ptr();
+  m.exp_avg_sq = exp_avg_sq.mutable_data_ptr();
+  if (master) {
+    check_dtype(op, "masters", *master, {ScalarType::Float});
+    STD_TORCH_CHECK(master->numel() == m.nnz && same_layout(*master, exp_avg), op,
+                    ": masters must have the moments' layout");
+    STD_TORCH_CHECK(master->device() == weight.device(), op, ": masters must be on the parameter's device");
+    m.master = master->mutable_data_ptr<float>();
+  }
+  check_scalar(op, "state_steps", state_step, weight, {ScalarType::Float});
+  m.state_step = state_step.const_data_ptr<float>();
+  m.parameter_id = uint32_t(parameter_id);
+  return m;
+}
+
+inline void check_lengths(const char* op, size_t wanted, std::initializer_list<size_t> lengths) {
+  for (size_t length : lengths) {
+    STD_TORCH_CHECK(length == wanted, op, ": all lists must have one entry per parameter (", wanted,
+                    "), got one of ", length);
+  }
+}
+
+}  // namespace partune

@@ -1,0 +1,52 @@
+// The CPU bodies of family sparse_adamw, as a table: one is built per ISA.
+#pragma once
+#include "sparse_adamw.h"
+
+namespace partune {
+
+// The dtypes that a step is built for. Compute is float64 for float64 weights, else float32.
+enum SparseAdamWTypes {
+  kFloat64,
+  kFloat32,
+  kFloat32StateBFloat16,
+  kBFloat16,
+  kBFloat16StateBFloat16,
+  kBFloat16GradFloat32,
+  kBFloat16GradFloat32StateBFloat16,
+  kHalf,
+  kHalfStateBFloat16,
+  kHalfGradFloat32,
+  kHalfGradFloat32StateBFloat16,
+  kSparseAdamWTypesCount,
+};
+
+// Everything about a step that is no matrix. float64 holds both computing types without loss.
+struct SparseAdamWStep {
+  AdamWHyperparameters<double> hyperparameters;
+  double lr, grad_scale;
+  PhiloxKey key;
+  uint32_t offset;
+};
+
+struct SparseAdamWCpu {
+  // Steps entries [begin, end) of one matrix.
+  void (*step[kSparseAdamWTypesCount])(const SparseAdamWMatrix&, const SparseAdamWStep&, int64_t begin,
+                                       int64_t end);
+  // Whether a gradient among entries [begin, end) is NaN or infinite; by the gradient's dtype.
+  bool (*found_inf_float64)(const SparseAdamWMatrix&, int64_t begin, int64_t end);
+  bool (*found_inf_float32)(const SparseAdamWMatrix&, int64_t begin, int64_t end);
+  bool (*found_inf_bfloat16)(const SparseAdamWMatrix&, int64_t begin, int64_t end);
+  bool (*found_inf_half)(const SparseAdamWMatrix&, int64_t begin, int64_t end);
+};
+
+namespace baseline {
+extern const SparseAdamWCpu sparse_adamw_cpu;
+}
+namespace avx2 {
+extern const SparseAdamWCpu sparse_adamw_cpu;
+}
+namespace avx512 {
+extern const SparseAdamWCpu sparse_adamw_cpu;
+}
+
+}  // namespace partune

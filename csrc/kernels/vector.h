@@ -1,0 +1,79 @@
+// One SIMD register of the instruction set that the including file is built for.
+#pragma once
+#include "platform.h"
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace partune {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <typename Real>
+struct VectorType;
+template <>
+struct VectorType<float> {
+  typedef float Type __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct VectorType<double> {
+  typedef double Type __attribute__((vector_size(kVectorBytes)));
+};
+template <typename Real>
+using Vector = typename VectorType<Real>::Type;
+template <typename Real>
+constexpr int kLanes = kVectorBytes / int(sizeof(Real));
+
+// a·b + c in every lane, with the rounding of the scalar multiply_add.
+#if defined(__AVX512F__)
+PARTUNE_FN Vector<float> multiply_add(Vector<float> a, Vector<float> b, Vector<float> c) {
+  return (Vector<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+PARTUNE_FN Vector<double> multiply_add(Vector<double> a, Vector<double> b, Vector<double> c) {
+  return (Vector<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+}
+#elif defined(__AVX2__)
+PARTUNE_FN Vector<float> multiply_add(Vector<float> a, Vector<float> b, Vector<float> c) {
+  return (Vector<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+PARTUNE_FN Vector<double> multiply_add(Vector<double> a, Vector<double> b, Vector<double> c) {
+  return (Vector<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+}
+#elif defined(__aarch64__)
+PARTUNE_FN Vector<float> multiply_add(Vector<float> a, Vector<float> b, Vector<float> c) {
+  return (Vector<float>)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+}
+PARTUNE_FN Vector<double> multiply_add(Vector<double> a, Vector<double> b, Vector<double> c) {
+  return (Vector<double>)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+}
+#else
+PARTUNE_FN Vector<float> multiply_add(Vector<float> a, Vector<float> b, Vector<float> c) {
+  return a * b + c;
+}
+PARTUNE_FN Vector<double> multiply_add(Vector<double> a, Vector<double> b, Vector<double> c) {
+  return a * b + c;
+}
+#endif
+
+template <typename Real>
+PARTUNE_FN Vector<Real> load_vector(const Real* from) {
+  Vector<Real> v;
+  __builtin_memcpy(&v, from, sizeof v);
+  return v;
+}
+
+template <typename Real>
+PARTUNE_FN void store_vector(Vector<Real> v, Real* to) {
+  __builtin_memcpy(to, &v, sizeof v);
+}
+
+}  // namespace partune

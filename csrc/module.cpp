@@ -1,0 +1,64 @@
+// partune._C: what this build is and what this machine has. Tensor work goes through torch.ops.partune.
+#include <pybind11/pybind11.h>
+
+#include "cpu/isa.h"
+#include "schema.h"
+
+#ifdef PARTUNE_WITH_CUDA
+#include "cuda/device.h"
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+py::list schemas() {
+  py::list list;
+  for (int i = 0; i < partune::kSchemaCount; ++i) {
+    list.append(py::make_tuple(partune::kSchemas[i].family, partune::kSchemas[i].text));
+  }
+  return list;
+}
+
+// What was decided when this module was compiled.
+py::dict build_info() {
+  py::dict info;
+  info["version"] = PARTUNE_VERSION;
+  info["compiler"] = __VERSION__;
+#ifdef PARTUNE_WITH_CUDA
+  info["cuda"] = partune::cuda_compiled_version();
+  info["cuda_archs"] = PARTUNE_CUDA_ARCHS;
+#else
+  info["cuda"] = py::none();
+  info["cuda_archs"] = "";
+#endif
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "partune's native core: build facts and devices. Its ops are torch.ops.partune.*";
+  module.def("schemas", &schemas, "(family, schema) of every op.");
+  module.def("build_info", &build_info, "What was decided when this module was compiled.");
+  module.def("cpu_isa", [] { return partune::isa_name(partune::cpu_isa()); },
+             "Instruction set that the CPU kernels run with.");
+  module.def("best_cpu_isa", [] { return partune::isa_name(partune::best_isa()); },
+             "Best instruction set that this machine has.");
+#ifdef PARTUNE_WITH_CUDA
+  module.def("cuda_probe", [] {
+    const partune::CudaProbe probe = partune::cuda_probe();
+    py::list devices;
+    for (const partune::CudaDevice& device : probe.devices) {
+      devices.append(py::make_tuple(device.name, device.major, device.minor, device.has_binary));
+    }
+    py::dict result;
+    result["driver"] = probe.driver_version;
+    result["error"] = probe.error;
+    result["devices"] = devices;
+    return result;
+  }, "Driver, devices (name, major, minor, whether this build has a binary for it), or why there are none.");
+  module.def("register_cuda", &partune::register_cuda,
+             "Registers the CUDA kernels with torch's dispatcher. Called once, by partune._native.");
+#endif
+}

@@ -1,0 +1,26 @@
+// Every op of partune, one line each: the core's table of contents. What an op means, with shapes,
+// dtypes and errors, is told by python/partune/ops/<family>.py.
+#include "schema.h"
+
+#include <torch/csrc/stable/library.h>
+
+namespace partune {
+
+const Schema kSchemas[] = {
+    // family sparse_adamw
+    {"sparse_adamw", "sparse_adamw_(Tensor(a!)[] self, Tensor[] grads, Tensor[] crow_indices, Tensor[] col_indices, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] masters, Tensor[] state_steps, int[] parameter_ids, *, Tensor lr, float beta1, float beta2, float weight_decay, float eps, str eps_mode, bool maximize, str rounding, Tensor? seed=None, Tensor? offset=None, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"},
+    {"sparse_adamw", "found_inf_(Tensor(a!) found_inf, Tensor[] grads, Tensor[] crow_indices, Tensor[] col_indices) -> ()"},
+    {"sparse_adamw", "remap_(Tensor(a!)[] new_values, Tensor[] old_values, Tensor old_crow_indices, Tensor old_col_indices, Tensor new_crow_indices, Tensor new_col_indices) -> Tensor"},
+    // family select
+    {"select", "topk_csr(Tensor scores, int k, *, bool largest=True) -> (Tensor, Tensor)"},
+    {"select", "threshold_csr(Tensor scores, float threshold, *, bool largest=True) -> (Tensor, Tensor)"},
+    {"select", "topk_csr_factors(Tensor left, Tensor right, int k) -> (Tensor, Tensor)"},
+    {"select", "random_scores(int rows, int columns, *, Tensor seed, Tensor step, int parameter_id) -> Tensor"},
+};
+const int kSchemaCount = sizeof(kSchemas) / sizeof(kSchemas[0]);
+
+}  // namespace partune
+
+STABLE_TORCH_LIBRARY(partune, library) {
+  for (const partune::Schema& schema : partune::kSchemas) library.def(schema.text);
+}

@@ -50,7 +50,8 @@ PYBIND11_MODULE(_C, module) {
     const partune::CudaProbe probe = partune::cuda_probe();
     py::list devices;
     for (const partune::CudaDevice& device : probe.devices) {
-      devices.append(py::make_tuple(device.name, device.major, device.minor, device.has_binary));
+      devices.append(py::make_tuple(device.name, device.major, device.minor,
+                                    partune::has_cuda_binary(device.major, device.minor)));
     }
     py::dict result;
     result["driver"] = probe.driver_version;
@@ -58,6 +59,8 @@ PYBIND11_MODULE(_C, module) {
     result["devices"] = devices;
     return result;
   }, "Driver, devices (name, major, minor, whether this build has a binary for it), or why there are none.");
+  module.def("has_cuda_binary", &partune::has_cuda_binary, py::arg("major"), py::arg("minor"),
+             "Whether this build has a binary, or PTX, for a compute capability.");
   module.def("register_cuda", &partune::register_cuda,
              "Registers the CUDA kernels with torch's dispatcher. Called once, by partune._native.");
 #endif

@@ -1,6 +1,7 @@
 // From lists of tensors to lists of matrices: what the CPU and the CUDA binding of family
 // sparse_adamw share.
 #pragma once
+#include <string>
 #include <vector>
 
 #include "../kernels/sparse_adamw.h"
@@ -9,6 +10,32 @@
 namespace partune {
 
 using TensorList = std::vector<Tensor>;
+
+inline SparseAdamWTypes types_of(const char* op, const Tensor& weight, const Tensor& grad, const Tensor& moment) {
+  const ScalarType dtype = weight.scalar_type();
+  const bool same = grad.scalar_type() == dtype;
+  if (!same) check_dtype(op, "grads", grad, {ScalarType::Float});
+  const bool rounded_state = dtype != ScalarType::Double && moment.scalar_type() == ScalarType::BFloat16;
+  check_dtype(op, "exp_avgs", moment,
+              {dtype == ScalarType::Double ? ScalarType::Double
+               : rounded_state             ? ScalarType::BFloat16
+                                           : ScalarType::Float});
+  switch (dtype) {
+    case ScalarType::Double:
+      STD_TORCH_CHECK(same, op, ": grads of float64 parameters must be float64");
+      return kFloat64;
+    case ScalarType::Float:
+      return rounded_state ? kFloat32StateBFloat16 : kFloat32;
+    case ScalarType::BFloat16:
+      if (same) return rounded_state ? kBFloat16StateBFloat16 : kBFloat16;
+      return rounded_state ? kBFloat16GradFloat32StateBFloat16 : kBFloat16GradFloat32;
+    case ScalarType::Half:
+      if (same) return rounded_state ? kHalfStateBFloat16 : kHalf;
+      return rounded_state ? kHalfGradFloat32StateBFloat16 : kHalfGradFloat32;
+    default:
+      STD_TORCH_CHECK(false, op, ": parameters must be float64, float32, bfloat16 or float16");
+  }
+}
 
 inline bool same_layout(const Tensor& a, const Tensor& b) {
   if (a.dim() != b.dim()) return false;
@@ -108,6 +135,54 @@ inline void check_lengths(const char* op, size_t wanted, std::initializer_list<s
     STD_TORCH_CHECK(length == wanted, op, ": all lists must have one entry per parameter (", wanted,
                     "), got one of ", length);
   }
+}
+
+template <typename Real>
+AdamWHyperparameters<Real> hyperparameters_of(const char* op, double beta1, double beta2, double weight_decay,
+                                              double eps, const std::string& eps_mode, bool maximize,
+                                              const std::string& rounding) {
+  return {Real(beta1),
+          Real(1 - beta1),
+          Real(beta2),
+          Real(1 - beta2),
+          Real(weight_decay),
+          Real(eps),
+          chooses(op, "eps_mode", eps_mode, "corrected", "uncorrected"),
+          maximize,
+          chooses(op, "rounding", rounding, "stochastic", "nearest")};
+}
+
+struct SparseAdamWArguments {
+  const TensorList &self, &grads, &crow_indices, &col_indices, &exp_avgs, &exp_avg_sqs, &masters, &state_steps;
+  const std::vector<int64_t>& parameter_ids;
+};
+
+struct SparseAdamWList {
+  std::vector<SparseAdamWMatrix> matrices;
+  std::vector<SparseAdamWTypes> types;
+  bool draws;  // something is rounded stochastically
+};
+
+inline SparseAdamWList pack_list(const char* op, const SparseAdamWArguments& a, bool stochastic) {
+  const size_t count = a.self.size();
+  check_lengths(op, count,
+                {a.grads.size(), a.crow_indices.size(), a.col_indices.size(), a.exp_avgs.size(),
+                 a.exp_avg_sqs.size(), a.state_steps.size(), a.parameter_ids.size()});
+  if (!a.masters.empty()) check_lengths(op, count, {a.masters.size()});
+  SparseAdamWList list{};
+  for (size_t i = 0; i < count; ++i) {
+    list.types.push_back(types_of(op, a.self[i], a.grads[i], a.exp_avgs[i]));
+    const ScalarType dtype = a.self[i].scalar_type();
+    const bool rounded = dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+    STD_TORCH_CHECK(a.masters.empty() || rounded, op, ": masters are for bfloat16 and float16 parameters");
+    list.draws |= (rounded && a.masters.empty() && stochastic) ||
+                  a.exp_avgs[i].scalar_type() == ScalarType::BFloat16;
+    list.matrices.push_back(pack_matrix(op, a.self[i], a.grads[i], a.crow_indices[i], a.col_indices[i],
+                                        a.exp_avgs[i], a.exp_avg_sqs[i],
+                                        a.masters.empty() ? nullptr : &a.masters[i], a.state_steps[i],
+                                        a.parameter_ids[i]));
+  }
+  return list;
 }
 
 }  // namespace partune

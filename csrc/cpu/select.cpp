@@ -5,6 +5,9 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cmath>
+#include <functional>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <tuple>
@@ -94,8 +97,13 @@ class Selector {
     return emit(threshold, ties, like);
   }
 
-  Csr above(Score threshold, const Tensor& like) {
-    const Key key = score_key(threshold, largest_);
+  Csr above(double threshold, const Tensor& like) {
+    // The last score that doesn't pass: comparing with it is comparing with the float64 threshold.
+    Score last = Score(threshold);
+    const Score infinity = std::numeric_limits<Score>::infinity();
+    if (largest_ && double(last) > threshold) last = std::nextafter(last, -infinity);
+    if (!largest_ && double(last) < threshold) last = std::nextafter(last, infinity);
+    const Key key = score_key(last, largest_);
     collect({key, key});
     return emit(key, 0, like);
   }

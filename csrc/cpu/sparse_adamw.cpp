@@ -16,52 +16,17 @@ namespace {
 
 constexpr int64_t kGrain = 8192;  // entries: below that a second thread costs more than it saves
 
-struct MatrixList {
-  std::vector<SparseAdamWMatrix> matrices;
-  std::vector<int64_t> starts{0};  // [matrices + 1], first entry of each in the whole list
-
-  void append(const SparseAdamWMatrix& matrix) {
-    matrices.push_back(matrix);
-    starts.push_back(starts.back() + matrix.nnz);
-  }
-
-  // body(matrix number, begin, end) over all entries of the list, on all threads.
-  template <typename Body>
-  void for_entries(const Body& body) const {
-    torch::stable::parallel_for(0, starts.back(), kGrain, [&](int64_t begin, int64_t end) {
-      size_t i = size_t(std::upper_bound(starts.begin(), starts.end(), begin) - starts.begin()) - 1;
-      for (; i < matrices.size() && starts[i] < end; ++i) {
-        body(i, std::max(begin - starts[i], int64_t(0)), std::min(end, starts[i + 1]) - starts[i]);
-      }
-    });
-  }
-};
-
-SparseAdamWTypes types_of(const Tensor& weight, const Tensor& grad, const Tensor& moment) {
-  const char* op = "sparse_adamw_";
-  const ScalarType dtype = weight.scalar_type();
-  const bool same = grad.scalar_type() == dtype;
-  if (!same) check_dtype(op, "grads", grad, {ScalarType::Float});
-  const bool rounded_state = dtype != ScalarType::Double && moment.scalar_type() == ScalarType::BFloat16;
-  check_dtype(op, "exp_avgs", moment,
-              {dtype == ScalarType::Double ? ScalarType::Double
-               : rounded_state             ? ScalarType::BFloat16
-                                           : ScalarType::Float});
-  switch (dtype) {
-    case ScalarType::Double:
-      STD_TORCH_CHECK(same, op, ": grads of float64 parameters must be float64");
-      return kFloat64;
-    case ScalarType::Float:
-      return rounded_state ? kFloat32StateBFloat16 : kFloat32;
-    case ScalarType::BFloat16:
-      if (same) return rounded_state ? kBFloat16StateBFloat16 : kBFloat16;
-      return rounded_state ? kBFloat16GradFloat32StateBFloat16 : kBFloat16GradFloat32;
-    case ScalarType::Half:
-      if (same) return rounded_state ? kHalfStateBFloat16 : kHalf;
-      return rounded_state ? kHalfGradFloat32StateBFloat16 : kHalfGradFloat32;
-    default:
-      STD_TORCH_CHECK(false, op, ": parameters must be float64, float32, bfloat16 or float16");
-  }
+// body(matrix number, begin, end) over all entries of a list, on all threads.
+template <typename Body>
+void for_entries(const std::vector<SparseAdamWMatrix>& matrices, const Body& body) {
+  std::vector<int64_t> starts{0};  // [matrices + 1]
+  for (const SparseAdamWMatrix& matrix : matrices) starts.push_back(starts.back() + matrix.nnz);
+  torch::stable::parallel_for(0, starts.back(), kGrain, [&](int64_t begin, int64_t end) {
+    size_t i = size_t(std::upper_bound(starts.begin(), starts.end(), begin) - starts.begin()) - 1;
+    for (; i < matrices.size() && starts[i] < end; ++i) {
+      body(i, std::max(begin - starts[i], int64_t(0)), std::min(end, starts[i + 1]) - starts[i]);
+    }
+  });
 }
 
 void sparse_adamw_(TensorList self, TensorList grads, TensorList crow_indices, TensorList col_indices,
@@ -71,47 +36,24 @@ void sparse_adamw_(TensorList self, TensorList grads, TensorList crow_indices, T
                    std::optional<Tensor> seed, std::optional<Tensor> offset,
                    std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
   const char* op = "sparse_adamw_";
-  check_lengths(op, self.size(),
-                {grads.size(), crow_indices.size(), col_indices.size(), exp_avgs.size(), exp_avg_sqs.size(),
-                 state_steps.size(), parameter_ids.size()});
-  if (!masters.empty()) check_lengths(op, self.size(), {masters.size()});
+  const SparseAdamWArguments arguments{self,        grads,   crow_indices, col_indices,  exp_avgs,
+                                       exp_avg_sqs, masters, state_steps,  parameter_ids};
   SparseAdamWStep step{};
-  step.hyperparameters = {beta1,
-                          1 - beta1,
-                          beta2,
-                          1 - beta2,
-                          weight_decay,
-                          eps,
-                          chooses(op, "eps_mode", eps_mode, "corrected", "uncorrected"),
-                          maximize,
-                          chooses(op, "rounding", rounding, "stochastic", "nearest")};
+  step.hyperparameters =
+      hyperparameters_of<double>(op, beta1, beta2, weight_decay, eps, eps_mode, maximize, rounding);
   step.lr = scalar_value(op, "lr", lr);
   step.grad_scale = grad_scale ? scalar_value(op, "grad_scale", *grad_scale) : 1.0;
   const uint64_t key = seed ? uint64_t(integer_value(op, "seed", *seed)) : 0;
   step.key = {uint32_t(key), uint32_t(key >> 32)};
   step.offset = offset ? uint32_t(integer_value(op, "offset", *offset)) : 0;
-
-  MatrixList list;
-  std::vector<SparseAdamWTypes> types;
-  bool draws = false;
-  for (size_t i = 0; i < self.size(); ++i) {
-    STD_TORCH_CHECK(self[i].is_cpu(), op, ": parameters must be on the CPU");
-    types.push_back(types_of(self[i], grads[i], exp_avgs[i]));
-    const ScalarType dtype = self[i].scalar_type();
-    const bool rounded = dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
-    STD_TORCH_CHECK(masters.empty() || rounded, op, ": masters are for bfloat16 and float16 parameters");
-    draws |= (rounded && masters.empty() && step.hyperparameters.stochastic) ||
-             exp_avgs[i].scalar_type() == ScalarType::BFloat16;
-    list.append(pack_matrix(op, self[i], grads[i], crow_indices[i], col_indices[i], exp_avgs[i],
-                            exp_avg_sqs[i], masters.empty() ? nullptr : &masters[i], state_steps[i],
-                            parameter_ids[i]));
-  }
-  STD_TORCH_CHECK(seed || !draws, op, ": stochastic rounding needs a seed");
+  for (const Tensor& one : self) STD_TORCH_CHECK(one.is_cpu(), op, ": parameters must be on the CPU");
+  const SparseAdamWList list = pack_list(op, arguments, step.hyperparameters.stochastic);
+  STD_TORCH_CHECK(seed || !list.draws, op, ": stochastic rounding needs a seed");
   if (found_inf && scalar_value(op, "found_inf", *found_inf) != 0) return;
 
   const SparseAdamWCpu& cpu = PARTUNE_CPU_TABLE(sparse_adamw_cpu);
-  list.for_entries([&](size_t i, int64_t begin, int64_t end) {
-    cpu.step[types[i]](list.matrices[i], step, begin, end);
+  for_entries(list.matrices, [&](size_t i, int64_t begin, int64_t end) {
+    cpu.step[list.types[i]](list.matrices[i], step, begin, end);
   });
 }
 
@@ -120,21 +62,21 @@ void found_inf_(Tensor found_inf, TensorList grads, TensorList crow_indices, Ten
   check_lengths(op, grads.size(), {crow_indices.size(), col_indices.size()});
   check_dtype(op, "found_inf", found_inf, {ScalarType::Float});
   STD_TORCH_CHECK(found_inf.is_cpu() && found_inf.numel() == 1, op, ": found_inf must be one float32");
-  MatrixList list;
+  std::vector<SparseAdamWMatrix> matrices;
   for (size_t i = 0; i < grads.size(); ++i) {
     STD_TORCH_CHECK(grads[i].is_cpu(), op, ": grads must be on the CPU");
     check_dtype(op, "grads", grads[i],
                 {ScalarType::Double, ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
-    list.append(pack_gradient(op, grads[i], grads[i], crow_indices[i], col_indices[i]));
+    matrices.push_back(pack_gradient(op, grads[i], grads[i], crow_indices[i], col_indices[i]));
   }
   const SparseAdamWCpu& cpu = PARTUNE_CPU_TABLE(sparse_adamw_cpu);
   std::atomic<bool> found{false};
-  list.for_entries([&](size_t i, int64_t begin, int64_t end) {
+  for_entries(matrices, [&](size_t i, int64_t begin, int64_t end) {
     const auto body = grads[i].scalar_type() == ScalarType::Double     ? cpu.found_inf_float64
                       : grads[i].scalar_type() == ScalarType::Float    ? cpu.found_inf_float32
                       : grads[i].scalar_type() == ScalarType::BFloat16 ? cpu.found_inf_bfloat16
                                                                        : cpu.found_inf_half;
-    if (body(list.matrices[i], begin, end)) found = true;
+    if (body(matrices[i], begin, end)) found = true;
   });
   if (found) *found_inf.mutable_data_ptr<float>() = 1.0f;
 }

@@ -17,7 +17,7 @@ PARTUNE_FN uint32_t multiply_high(uint32_t a, uint32_t b) { return uint32_t(uint
 
 PARTUNE_FN PhiloxBlock philox(uint64_t index, uint32_t step, uint32_t parameter_id, PhiloxKey key) {
   uint32_t c0 = uint32_t(index), c1 = uint32_t(index >> 32), c2 = step, c3 = parameter_id;
-#pragma GCC unroll 10
+  PARTUNE_UNROLL
   for (int round = 0; round < 10; ++round) {
     const uint32_t high0 = multiply_high(0xD2511F53u, c0), low0 = 0xD2511F53u * c0;
     const uint32_t high1 = multiply_high(0xCD9E8D57u, c2), low1 = 0xCD9E8D57u * c2;

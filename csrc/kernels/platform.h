@@ -8,8 +8,10 @@
 
 #ifdef __CUDACC__
 #define PARTUNE_FN static __device__ __forceinline__
+#define PARTUNE_UNROLL _Pragma("unroll")
 #else
 #define PARTUNE_FN static inline __attribute__((always_inline))
+#define PARTUNE_UNROLL _Pragma("GCC unroll 16")
 #endif
 
 namespace partune {

@@ -114,19 +114,19 @@ void product_block(const Real* left, const Real* packed, int64_t rank, int64_t c
   V sum[Rows][kBlockVectors] = {};
   for (int64_t k = 0; k < rank; ++k) {
     V b[kBlockVectors];
-#pragma GCC unroll 4
+    PARTUNE_UNROLL
     for (int v = 0; v < kBlockVectors; ++v) b[v] = load_vector(packed + k * kBlockColumns<Real> + v * W);
-#pragma GCC unroll 6
+    PARTUNE_UNROLL
     for (int i = 0; i < Rows; ++i) {
       const V a = V{} + left[i * rank + k];
-#pragma GCC unroll 4
+      PARTUNE_UNROLL
       for (int v = 0; v < kBlockVectors; ++v) sum[i][v] = multiply_add(a, b[v], sum[i][v]);
     }
   }
-#pragma GCC unroll 6
+  PARTUNE_UNROLL
   for (int i = 0; i < Rows; ++i) {
     Real row[kBlockColumns<Real>];
-#pragma GCC unroll 4
+    PARTUNE_UNROLL
     for (int v = 0; v < kBlockVectors; ++v) store_vector(sum[i][v], row + v * W);
     for (int j = 0; j < width; ++j) out[i * columns + j] = row[j] < 0 ? -row[j] : row[j];
   }

@@ -9,6 +9,22 @@
 
 namespace partune {
 
+// The dtypes that a step is built for. Compute is float64 for float64 weights, else float32.
+enum SparseAdamWTypes {
+  kFloat64,
+  kFloat32,
+  kFloat32StateBFloat16,
+  kBFloat16,
+  kBFloat16StateBFloat16,
+  kBFloat16GradFloat32,
+  kBFloat16GradFloat32StateBFloat16,
+  kHalf,
+  kHalfStateBFloat16,
+  kHalfGradFloat32,
+  kHalfGradFloat32StateBFloat16,
+  kSparseAdamWTypesCount,
+};
+
 // One parameter seen as [rows, columns]. Strides count elements. Without col_indices the parameter
 // is dense: entry j is storage position j of weight, grad and moments alike.
 struct SparseAdamWMatrix {
@@ -33,6 +49,18 @@ struct AdamWHyperparameters {
   bool corrected;  // eps is added to the bias-corrected denominator
   bool maximize;
   bool stochastic;  // 16-bit weights without a master are rounded stochastically
+};
+
+// What a step on a device needs beyond its matrices. Numbers that live on the device are read there;
+// without lr's pointer lr_value counts, without the others 1, no flag and 0.
+struct SparseAdamWDeviceStep {
+  AdamWHyperparameters<float> hyperparameters;
+  const float* lr;
+  const float* grad_scale;
+  const float* found_inf;
+  const int64_t* seed;
+  const int64_t* offset;
+  float lr_value;
 };
 
 // What is the same for all entries of a matrix in one step.

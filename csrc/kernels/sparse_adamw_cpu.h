@@ -4,22 +4,6 @@
 
 namespace partune {
 
-// The dtypes that a step is built for. Compute is float64 for float64 weights, else float32.
-enum SparseAdamWTypes {
-  kFloat64,
-  kFloat32,
-  kFloat32StateBFloat16,
-  kBFloat16,
-  kBFloat16StateBFloat16,
-  kBFloat16GradFloat32,
-  kBFloat16GradFloat32StateBFloat16,
-  kHalf,
-  kHalfStateBFloat16,
-  kHalfGradFloat32,
-  kHalfGradFloat32StateBFloat16,
-  kSparseAdamWTypesCount,
-};
-
 // Everything about a step that is no matrix. float64 holds both computing types without loss.
 struct SparseAdamWStep {
   AdamWHyperparameters<double> hyperparameters;

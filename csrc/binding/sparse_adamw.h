@@ -98,7 +98,7 @@ inline SparseAdamWMatrix pack_matrix(const char* op, const Tensor& weight, const
   STD_TORCH_CHECK(grad.device() == weight.device(), op, ": grads must be on the parameter's device");
   SparseAdamWMatrix m = pack_gradient(op, weight, grad, crow_indices, col_indices);
   m.weight = weight.mutable_data_ptr();
-  if (m.col_indices) {
+  if (m.crow_indices) {
     const MatrixView view = matrix_view(op, "self", weight, m.rows);
     STD_TORCH_CHECK(m.grad_is_compact || m.columns == view.columns, op,
                     ": grads and self must have the same shape");

@@ -48,7 +48,7 @@ PARTUNE_FN void gather_entries(const SparseAdamWMatrix& m, int64_t first_row, in
   const Grad* grad = static_cast<const Grad*>(m.grad);
   Pack4<int32_t> columns = {};
   int64_t row = first_row;
-  if (m.col_indices) {
+  if (m.crow_indices) {
     columns = load_pack(m.col_indices + position, count, is_aligned(m.col_indices));
     row = row_of(m.crow_indices, first_row, last_row, position);
   }
@@ -57,7 +57,7 @@ PARTUNE_FN void gather_entries(const SparseAdamWMatrix& m, int64_t first_row, in
     if (i < count) {
       int64_t grad_offset = position + i;
       entries.index[i] = entries.weight[i] = position + i;
-      if (m.col_indices) {
+      if (m.crow_indices) {
         while (m.crow_indices[row + 1] <= position + i) ++row;
         entries.index[i] = row * m.columns + columns.at[i];
         entries.weight[i] = row * m.weight_row_stride + columns.at[i] * m.weight_column_stride;
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kBlock, 3)
   const SparseAdamWMatrix& m = launch.matrices[number];
   const int64_t begin = int64_t(int(blockIdx.x) - launch.first_block[number]) * (4 * kBlock);
   const int64_t end = begin + 4 * kBlock < m.nnz ? begin + 4 * kBlock : m.nnz;
-  if (threadIdx.x < 2 && m.col_indices) {
+  if (threadIdx.x < 2 && m.crow_indices) {
     tile_rows[threadIdx.x] = row_of(m.crow_indices, 0, m.rows - 1, threadIdx.x == 0 ? begin : end - 1);
   }
   if (threadIdx.x == 32) {

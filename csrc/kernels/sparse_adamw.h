@@ -25,7 +25,7 @@ enum SparseAdamWTypes {
   kSparseAdamWTypesCount,
 };
 
-// One parameter seen as [rows, columns]. Strides count elements. Without col_indices the parameter
+// One parameter seen as [rows, columns]. Strides count elements. Without crow_indices the parameter
 // is dense: entry j is storage position j of weight, grad and moments alike.
 struct SparseAdamWMatrix {
   void* weight;

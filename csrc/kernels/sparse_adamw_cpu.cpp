@@ -153,7 +153,7 @@ class Stepper {
  public:
   Stepper(const SparseAdamWMatrix& m, const SparseAdamWStep& s)
       : m_(m),
-        is_sparse_(m.col_indices != nullptr),
+        is_sparse_(m.crow_indices != nullptr),
         stochastic_(kRoundedWeight && !m.master && s.hyperparameters.stochastic),
         coefficients_(coefficients_of<Real>(m, s)),
         key_(s.key),
@@ -240,7 +240,7 @@ void step(const SparseAdamWMatrix& m, const SparseAdamWStep& s, int64_t begin, i
 template <typename Grad, typename Real>
 bool found_inf(const SparseAdamWMatrix& m, int64_t begin, int64_t end) {
   if (begin >= end) return false;
-  const bool scattered = m.col_indices && !m.grad_is_compact;
+  const bool scattered = m.crow_indices && !m.grad_is_compact;
   TileOffsets offsets;
   Real gathered[kTile];
   Cursor cursor{begin, scattered ? row_of(m.crow_indices, 0, m.rows - 1, begin) : 0};

@@ -1,5 +1,6 @@
 #include "select_cpu.h"
 
+#include "philox_cpu.h"
 #include "vector.h"
 
 #ifndef PARTUNE_ISA
@@ -159,8 +160,13 @@ void widen_row(const Stored* scores, int64_t count, float* out) {
 }
 
 void random(int64_t begin, int64_t end, uint32_t step, uint32_t parameter_id, PhiloxKey key, float* scores) {
-  for (int64_t i = begin; i < end; ++i) {
-    scores[i] = uniform_from_bits(philox(uint64_t(i), step, parameter_id, key).word[0]);
+  Words lanes = {};
+  for (int i = 0; i < kWords; ++i) lanes[i] = uint64_t(i);
+  uint32_t drawn[kWords];
+  for (int64_t i = begin; i < end; i += kWords) {
+    store_low_halves(philox(lanes + uint64_t(i), step, parameter_id, key).word[0], drawn);
+    const int count = int(end - i < kWords ? end - i : kWords);
+    for (int j = 0; j < count; ++j) scores[i + j] = uniform_from_bits(drawn[j]);
   }
 }
 

@@ -33,6 +33,21 @@ using Vector = typename VectorType<Real>::Type;
 template <typename Real>
 constexpr int kLanes = kVectorBytes / int(sizeof(Real));
 
+// 64-bit words. Shifts, sums and bitwise operators are the compiler's own.
+typedef uint64_t Words __attribute__((vector_size(kVectorBytes)));
+constexpr int kWords = kVectorBytes / int(sizeof(uint64_t));
+
+// The product of the low halves of two words; the high halves are ignored.
+PARTUNE_FN Words multiply_low_halves(Words a, Words b) {
+#if defined(__AVX512F__)
+  return (Words)_mm512_maskz_mul_epu32(__mmask8(0xff), (__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (Words)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#else
+  return (a & 0xffffffffu) * (b & 0xffffffffu);
+#endif
+}
+
 // a·b + c in every lane, with the rounding of the scalar multiply_add.
 #if defined(__AVX512F__)
 PARTUNE_FN Vector<float> multiply_add(Vector<float> a, Vector<float> b, Vector<float> c) {
@@ -74,6 +89,12 @@ PARTUNE_FN Vector<Real> load_vector(const Real* from) {
 template <typename Real>
 PARTUNE_FN void store_vector(Vector<Real> v, Real* to) {
   __builtin_memcpy(to, &v, sizeof v);
+}
+
+PARTUNE_FN Words load_words(const uint64_t* from) {
+  Words v;
+  __builtin_memcpy(&v, from, sizeof v);
+  return v;
 }
 
 }  // namespace partune

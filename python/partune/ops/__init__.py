@@ -1,0 +1,14 @@
+"""The core's ops in Python: signatures, checks, fake kernels and plain-torch references."""
+
+from partune.ops.select import random_scores, threshold_csr, topk_csr, topk_csr_factors
+from partune.ops.sparse_adamw import found_inf_, remap_, sparse_adamw_
+
+__all__ = [
+    "found_inf_",
+    "random_scores",
+    "remap_",
+    "sparse_adamw_",
+    "threshold_csr",
+    "topk_csr",
+    "topk_csr_factors",
+]

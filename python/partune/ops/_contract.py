@@ -1,0 +1,91 @@
+"""How an op becomes one: its Python parts are registered beside the native schema, in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from partune import _native
+
+NAMESPACE = "partune"
+
+
+@dataclass(frozen=True)
+class Op:
+    """The Python parts of one op; the native ones are found through its schema."""
+
+    name: str
+    family: str
+    function: Callable[..., Any]
+    check: Callable[..., None]
+    fake: Callable[..., Any]
+    reference: Callable[..., Any]
+
+    @property
+    def overload(self) -> torch._ops.OpOverload:
+        """The dispatcher's op, without the wrapper's checks."""
+        return getattr(getattr(torch.ops, NAMESPACE), self.name).default  # type: ignore[no-any-return]
+
+
+OPS: dict[str, Op] = {}
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
+def register(op: Op) -> None:
+    """Add an op: fake kernel, reference and, where it mutates, the version bump.
+
+    The reference serves every device without a kernel of its own (CompositeExplicitAutograd).
+    Without the native core there is no schema to register for; `call` then says why.
+    """
+    OPS[op.name] = op
+    if _native.load_error() is not None:
+        return
+
+    def fake(*args: Any, **kwargs: Any) -> Any:
+        op.check(*args, **kwargs)
+        return op.fake(*args, **kwargs)
+
+    torch.library.register_fake(f"{NAMESPACE}::{op.name}", fake, lib=_library)
+    implement: Callable[..., None] = _library.impl
+    implement(op.name, op.reference, "CompositeExplicitAutograd")
+    if op.overload._schema.is_mutable:
+        implement(op.name, _version_bump(op.overload), "ADInplaceOrView")
+
+
+def call(op_name: str, *args: Any, **kwargs: Any) -> Any:
+    """Check the arguments, then run the op; RuntimeError where the native core is missing."""
+    _native.require()
+    op = OPS[op_name]
+    op.check(*args, **kwargs)
+    return op.overload(*args, **kwargs)
+
+
+def _version_bump(overload: torch._ops.OpOverload) -> Callable[..., Any]:
+    """The kernel that makes a backward through a mutated tensor raise instead of going wrong."""
+    arguments = overload._schema.arguments
+    mutated = [
+        (position, argument.name)
+        for position, argument in enumerate(arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            result = overload(*args, **kwargs)
+        for position, name in mutated:
+            value = args[position] if position < len(args) else kwargs.get(name)
+            torch.autograd.graph.increment_version(list(_tensors(value)))
+        return result
+
+    return kernel
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif value is not None:
+        yield from value

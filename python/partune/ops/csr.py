@@ -1,0 +1,103 @@
+"""The indices of a selection: a CSR per matrix, ascending and row-major."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from partune.ops import _checks as check
+
+Csr: TypeAlias = tuple[Tensor, Tensor]
+
+
+def validate_csr(crow_indices: Tensor, col_indices: Tensor, rows: int, columns: int) -> None:
+    """Check everything that step kernels later trust about a CSR.
+
+    Args:
+        crow_indices: int64 [rows + 1].
+        col_indices: int32 [nnz], strictly ascending within each row.
+
+    Raises:
+        TypeError: a wrong dtype.
+        ValueError: a wrong shape, row bounds that do not ascend from 0 to nnz, columns out of
+            range, unsorted or repeated.
+
+    Example:
+        >>> crow_indices, col_indices = csr_from_mask(torch.eye(2, dtype=torch.bool))
+        >>> validate_csr(crow_indices, col_indices, rows=2, columns=2)
+    """
+    check.tensor("crow_indices", crow_indices, None)
+    check.tensor("col_indices", col_indices, crow_indices.device)
+    check.csr(crow_indices, col_indices)
+    check.shape("crow_indices", crow_indices, (rows + 1,))
+    nnz = col_indices.numel()
+    first, last = int(crow_indices[0]), int(crow_indices[-1])
+    if (first, last) != (0, nnz) or bool((crow_indices.diff() < 0).any()):
+        raise ValueError(
+            f"crow_indices: got bounds from {first} to {last}, want them ascending from 0 "
+            f"to {nnz}, the number of col_indices"
+        )
+    if nnz == 0:
+        return
+    lowest, highest = int(col_indices.min()), int(col_indices.max())
+    if lowest < 0 or highest >= columns:
+        raise ValueError(
+            f"col_indices: got columns from {lowest} to {highest}, want 0 <= column < {columns}"
+        )
+    same_row = row_indices(crow_indices).diff() == 0
+    if bool((same_row & (col_indices.diff() <= 0)).any()):
+        raise ValueError(
+            "col_indices: got unsorted or repeated columns, want them ascending per row"
+        )
+
+
+def row_indices(crow_indices: Tensor) -> Tensor:
+    """The row of every entry, int64 [nnz]."""
+    rows = torch.arange(crow_indices.numel() - 1, device=crow_indices.device)
+    return rows.repeat_interleave(crow_indices.diff())
+
+
+def flat_indices(crow_indices: Tensor, col_indices: Tensor, columns: int) -> Tensor:
+    """row·columns + column of every entry, int64 [nnz], ascending."""
+    return row_indices(crow_indices) * columns + col_indices
+
+
+def csr_from_flat(flat: Tensor, rows: int, columns: int) -> Csr:
+    """The CSR of ascending flat indices."""
+    per_row = torch.bincount(flat // max(columns, 1), minlength=rows)
+    crow_indices = torch.zeros(rows + 1, dtype=torch.int64, device=flat.device)
+    torch.cumsum(per_row, 0, out=crow_indices[1:])
+    return crow_indices, (flat % max(columns, 1)).to(torch.int32)
+
+
+def csr_from_mask(mask: Tensor) -> Csr:
+    """The CSR of a bool mask [rows, columns]."""
+    rows, columns = mask.shape
+    return csr_from_flat(mask.flatten().nonzero().flatten(), rows, columns)
+
+
+def mask_from_csr(crow_indices: Tensor, col_indices: Tensor, columns: int) -> Tensor:
+    """The bool mask [rows, columns] of a CSR."""
+    rows = crow_indices.numel() - 1
+    mask = torch.zeros(rows * columns, dtype=torch.bool, device=crow_indices.device)
+    mask[flat_indices(crow_indices, col_indices, columns)] = True
+    return mask.view(rows, columns)
+
+
+def gather(matrix: Tensor, crow_indices: Tensor, col_indices: Tensor) -> Tensor:
+    """The selected entries [nnz] of a matrix [rows, columns]."""
+    return matrix[row_indices(crow_indices), col_indices.to(torch.int64)]
+
+
+def stack_csr(slices: Sequence[Csr]) -> Csr:
+    """One CSR of slices [rows, columns] stacked to [slices·rows, columns]."""
+    if len(slices) == 1:
+        return slices[0]
+    crow_indices, start = [slices[0][0][:1]], 0
+    for crow, col in slices:
+        crow_indices.append(crow[1:] + start)
+        start += col.numel()
+    return torch.cat(crow_indices), torch.cat([col for _, col in slices])

@@ -1,0 +1,94 @@
+"""The maths of a step, on lists of tensors: which op is called with what."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from partune import ops
+
+
+def sparse_adamw(
+    parameters: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    crow_indices: Sequence[Tensor],
+    col_indices: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    masters: Sequence[Tensor],
+    state_steps: list[Tensor],
+    parameter_ids: Sequence[int],
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    weight_decay: float,
+    eps: float,
+    eps_mode: str,
+    maximize: bool,
+    seed: int,
+    grad_scale: Tensor | None,
+) -> None:
+    """Count the steps up and update the selected entries of parameters alike in dtype and device.
+
+    16-bit parameters without masters and bfloat16 moments are rounded stochastically.
+    """
+    device = parameters[0].device
+    torch._foreach_add_(state_steps, torch.ones((), dtype=torch.float32), alpha=1.0)
+    stochastic = parameters[0].dtype in (torch.bfloat16, torch.float16) and not masters
+    draws = stochastic or exp_avgs[0].dtype == torch.bfloat16
+    ops.sparse_adamw_(
+        parameters,
+        grads,
+        crow_indices,
+        col_indices,
+        exp_avgs,
+        exp_avg_sqs,
+        masters,
+        state_steps,
+        parameter_ids,
+        lr=learning_rate(lr, device),
+        beta1=betas[0],
+        beta2=betas[1],
+        weight_decay=weight_decay,
+        eps=eps,
+        eps_mode=eps_mode,
+        maximize=maximize,
+        rounding="stochastic" if stochastic else "nearest",
+        seed=torch.tensor(seed, device=device) if draws else None,
+        grad_scale=None if grad_scale is None else grad_scale.reshape(()).to(device),
+    )
+
+
+def learning_rate(lr: float | Tensor, device: torch.device) -> Tensor:
+    """The rate as the op takes it."""
+    if not isinstance(lr, Tensor):
+        return torch.tensor(lr, dtype=torch.float64, device=device)
+    dtype = lr.dtype if lr.dtype in (torch.float32, torch.float64) else torch.float64
+    return lr.detach().reshape(()).to(device=device, dtype=dtype)
+
+
+def update_norm(
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: float,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    eps_mode: str,
+) -> float:
+    """The 2-norm of an update without its decay, from the moments that it left."""
+    if step == 0:
+        return 0.0
+    correction1, correction2 = (float(1 - beta**step) for beta in betas)
+    denominator = exp_avg_sq.to(torch.float64).sqrt()
+    if eps_mode == "corrected":
+        denominator = denominator / math.sqrt(correction2)
+        step_size = lr / correction1
+    else:
+        step_size = lr * math.sqrt(correction2) / correction1
+    norm: Tensor = torch.linalg.vector_norm(exp_avg.to(torch.float64) / (denominator + eps))
+    return step_size * float(norm)

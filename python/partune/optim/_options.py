@@ -1,0 +1,202 @@
+"""What a parameter group may say, and the number of entries that it selects."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from partune.ops._checks import COLUMN_LIMIT, FLOATING, one_of, without_gaps
+from partune.ops._sparse_adamw_checks import EPS_MODES
+from partune.selection import Selection
+
+_COMPACT_LIMIT = 2 / 3  # 12 bytes per selected entry against AdamW's 8 per entry
+_UNSUPPORTED = ("amsgrad", "foreach", "capturable", "differentiable", "fused")
+
+
+class DefaultDensity(float):
+    """The density of who named none, told apart from the same number when named."""
+
+
+DEFAULT_DENSITY = DefaultDensity(0.05)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A parameter as the matrices that are selected from: `slices` of [rows, columns]."""
+
+    slices: int
+    rows: int
+    columns: int
+
+    @classmethod
+    def of(cls, parameter: Tensor) -> Layout:
+        """Two dimensions: a matrix; three: stacked experts; more: a convolution, (out, rest)."""
+        shape = tuple(parameter.shape)
+        if len(shape) == 3:
+            return cls(*shape)
+        return cls(1, shape[0], math.prod(shape[1:]))
+
+    @property
+    def entries(self) -> int:
+        return self.rows * self.columns
+
+    def matrices(self, value: Tensor) -> tuple[Tensor, ...]:
+        """The slices of a parameter or of its gradient."""
+        value = value.detach()
+        if value.dim() == 2:
+            return (value,)
+        return value.reshape(self.slices, self.rows, self.columns).unbind()
+
+    def matrix(self, value: Tensor) -> Tensor:
+        """All slices below one another."""
+        return value if value.dim() == 2 else value.reshape(-1, self.columns)
+
+    def selected_per_slice(self, group: Mapping[str, Any]) -> int:
+        """k: floor(density·rows·columns), or what a LoRA of rank `budget_rank` has, at most all."""
+        if group["budget_rank"] is not None:
+            return min((self.rows + self.columns) * int(group["budget_rank"]), self.entries)
+        return math.floor(float(group["density"]) * self.entries)
+
+
+def is_selected(parameter: Tensor, group: Mapping[str, Any]) -> bool:
+    """Whether a parameter is stepped by selected entries, not densely."""
+    return group["selection"] is not None and parameter.dim() >= 2 and parameter.numel() > 0
+
+
+def keeps_master(parameter: Tensor, group: Mapping[str, Any]) -> bool:
+    sixteen_bit = parameter.dtype in (torch.bfloat16, torch.float16)
+    return sixteen_bit and group["master_weights"] is not False
+
+
+def moment_dtype(parameter: Tensor, group: Mapping[str, Any]) -> torch.dtype:
+    wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    return group["state_dtype"] or wide
+
+
+def settle_budget(group: dict[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Leave exactly one of density and budget_rank set, the group's own before the defaults."""
+    density, budget_rank = group.get("density"), group.get("budget_rank")
+    if density is None and budget_rank is None:
+        density, budget_rank = defaults["density"], defaults["budget_rank"]
+    if budget_rank is not None and density is not None and not isinstance(density, DefaultDensity):
+        raise ValueError(
+            f"density, budget_rank: got both ({density} and {budget_rank}), want one of them"
+        )
+    group["density"] = None if budget_rank is not None or density is None else float(density)
+    group["budget_rank"] = budget_rank
+
+
+def check_options(group: Mapping[str, Any]) -> None:
+    """Check everything in a group but its parameters."""
+    lr, betas = group["lr"], group["betas"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr: got a tensor of shape {tuple(lr.shape)}, want one element")
+    for name, value in (("lr", lr), ("eps", group["eps"]), ("weight_decay", group["weight_decay"])):
+        if not float(value) >= 0.0:
+            raise ValueError(f"{name}: got {value}, want at least 0")
+    if len(betas) != 2 or not all(0.0 <= float(beta) < 1.0 for beta in betas):
+        raise ValueError(f"betas: got {betas}, want two numbers, each 0 <= beta < 1")
+    one_of("eps_mode", group["eps_mode"], EPS_MODES)
+    selection = group["selection"]
+    if selection is not None and (
+        not isinstance(selection, Selection) or isinstance(selection, type)
+    ):
+        raise TypeError(
+            f"selection: got {selection!r}, want None or an object with init, observe_ and "
+            "propose, for example partune.selection.PrincipalWeights(rank=128)"
+        )
+    _check_budget(group["density"], group["budget_rank"])
+    interval = group["refresh_interval"]
+    if interval is not None and (not isinstance(interval, int) or interval < 0):
+        raise ValueError(f"refresh_interval: got {interval!r}, want steps, or None for never")
+    if group["state_dtype"] not in (None, torch.float32, torch.float64, torch.bfloat16):
+        raise TypeError(f"state_dtype: got {group['state_dtype']}, want None or torch.bfloat16")
+    if not isinstance(group["seed"], int) or not -(2**63) <= group["seed"] < 2**63:
+        raise ValueError(f"seed: got {group['seed']!r}, want an int of 64 bits")
+    for name in _UNSUPPORTED:
+        if group[name]:
+            raise ValueError(
+                f"{name}: got {group[name]!r}, which partune doesn't support; leave it"
+            )
+
+
+def _check_budget(density: float | None, budget_rank: int | None) -> None:
+    if budget_rank is None:
+        if density is None or not 0.0 < density <= 1.0:
+            raise ValueError(f"density: got {density}, want 0 < density <= 1")
+    elif not isinstance(budget_rank, int) or isinstance(budget_rank, bool) or budget_rank < 1:
+        raise ValueError(f"budget_rank: got {budget_rank!r}, want an int of at least 1")
+
+
+def check_parameters(group: Mapping[str, Any], explicit: bool) -> None:
+    """Check that a group's parameters can be stepped; `explicit`: it names its own selection."""
+    for name, parameter in named_parameters(group):
+        if parameter.dtype not in FLOATING or parameter.layout != torch.strided:
+            raise TypeError(
+                f"{name}: got {parameter.dtype}, {parameter.layout}, want a strided parameter of "
+                "float64, float32, bfloat16 or float16"
+            )
+        if explicit and parameter.dim() < 2:
+            raise ValueError(
+                f"{name}: got shape {tuple(parameter.shape)} in a group with a selection, which "
+                "takes matrices; put it into a group with selection=None"
+            )
+        if moment_dtype(parameter, group) not in _moment_dtypes(parameter):
+            raise TypeError(
+                f"state_dtype: got {group['state_dtype']} for {name} of {parameter.dtype}, "
+                "want None"
+            )
+        if is_selected(parameter, group):
+            _check_matrix(name, parameter)
+        else:
+            without_gaps(name, parameter)
+
+
+def _moment_dtypes(parameter: Tensor) -> tuple[torch.dtype, ...]:
+    if parameter.dtype == torch.float64:
+        return (torch.float64,)
+    return (torch.float32, torch.bfloat16)
+
+
+def _check_matrix(name: str, parameter: Tensor) -> None:
+    if parameter.dim() > 2 and not parameter.is_contiguous():
+        raise ValueError(
+            f"{name}: got strides {parameter.stride()} for shape {tuple(parameter.shape)}, want a "
+            "contiguous parameter, or selection=None"
+        )
+    if Layout.of(parameter).columns >= COLUMN_LIMIT:
+        raise ValueError(
+            f"{name}: got shape {tuple(parameter.shape)}, want fewer than 2**31 columns"
+        )
+
+
+def warn_about_budget(group: Mapping[str, Any]) -> None:
+    """Warn of selections that hold nothing, or more state than AdamW would."""
+    empty, large = [], []
+    for name, parameter in named_parameters(group):
+        if is_selected(parameter, group):
+            layout = Layout.of(parameter)
+            k = layout.selected_per_slice(group)
+            if k == 0:
+                empty.append(name)
+            elif k > _COMPACT_LIMIT * layout.entries:
+                large.append(name)
+    for names, consequence in (
+        (empty, "no entries are selected, so they do not train; raise density or budget_rank"),
+        (large, "compact state takes more memory than a dense optimizer's; use selection=None"),
+    ):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            warnings.warn(f"{names[0]}{more}: {consequence}", stacklevel=5)
+
+
+def named_parameters(group: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
+    """The group's parameters with their names, or with their positions where they have none."""
+    names = group.get("param_names") or [f"params[{i}]" for i in range(len(group["params"]))]
+    return list(zip(names, group["params"], strict=True))

@@ -1,0 +1,126 @@
+"""Selecting: a selection is asked, its CSR installed, and state carried over where both agree."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from partune import ops
+from partune.ops.csr import gather, stack_csr
+from partune.optim._options import Layout, keeps_master, moment_dtype
+from partune.selection import Selection, topk_csr
+from partune.selection.protocol import State
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a selection chose, not yet in force."""
+
+    crow_indices: Tensor
+    col_indices: Tensor
+    selection_state: list[State]
+
+
+def selection_states(state: Mapping[str, Any]) -> list[State]:
+    """The selection's own state of every slice; a matrix keeps its one dict as it is."""
+    own = state["selection"]
+    return own if isinstance(own, list) else [own]
+
+
+def current_step(state: Mapping[str, Any]) -> int:
+    """The number of steps taken, on the host."""
+    return int(selection_states(state)[0]["step"]) if "selection" in state else 0
+
+
+def initial_states(
+    selection: Selection, parameter: Tensor, layout: Layout, parameter_id: int
+) -> list[State]:
+    """The selection's own state before the first step; slices count as matrices of their own."""
+    return [
+        {**selection.init(matrix), "parameter_id": parameter_id + i, "step": 0}
+        for i, matrix in enumerate(layout.matrices(parameter))
+    ]
+
+
+def observe_(
+    selection: Selection, parameter: Tensor, grad: Tensor, layout: Layout, states: list[State]
+) -> None:
+    pairs = zip(layout.matrices(parameter), layout.matrices(grad), strict=True)
+    for (matrix, slice_grad), state in zip(pairs, states, strict=True):
+        selection.observe_(matrix, slice_grad, state)
+
+
+def choose(
+    selection: Selection,
+    parameter: Tensor,
+    grad: Tensor | None,
+    layout: Layout,
+    states: list[State],
+    k: int,
+) -> Choice:
+    """Select k entries of every slice.
+
+    Raises:
+        ValueError: a proposal of another shape than the matrix.
+    """
+    matrices = layout.matrices(parameter)
+    slice_grads = layout.matrices(grad) if grad is not None else (None,) * layout.slices
+    chosen = []
+    for matrix, slice_grad, state in zip(matrices, slice_grads, states, strict=True):
+        proposal = selection.propose(matrix, slice_grad, state)
+        shape = getattr(proposal, "shape", matrix.shape)
+        if tuple(shape) != tuple(matrix.shape):
+            raise ValueError(
+                f"{type(selection).__name__} proposed scores of shape {tuple(shape)} for a matrix "
+                f"of {tuple(matrix.shape)}"
+            )
+        chosen.append(topk_csr(proposal, k))
+    return Choice(*stack_csr(chosen), states)
+
+
+def install(
+    state: dict[str, Any], choice: Choice, parameter: Tensor, layout: Layout, group: dict[str, Any]
+) -> None:
+    """Put a choice in force: moments of new entries are 0, their master is the current weight."""
+    crow_indices, col_indices = choice.crow_indices, choice.col_indices
+    dtype = moment_dtype(parameter, group)
+    fresh = {
+        name: torch.zeros(col_indices.shape, dtype=dtype, device=parameter.device)
+        for name in ("exp_avg", "exp_avg_sq")
+    }
+    if keeps_master(parameter, group):
+        matrix = layout.matrix(parameter.detach())
+        fresh["master"] = gather(matrix, crow_indices, col_indices).to(torch.float32)
+    if "crow_indices" in state:
+        carried = [name for name in fresh if name in state]
+        state["kept_entries"] = ops.remap_(
+            [fresh[name] for name in carried],
+            [state[name] for name in carried],
+            state["crow_indices"],
+            state["col_indices"],
+            crow_indices,
+            col_indices,
+        )
+    state.update(fresh, crow_indices=crow_indices, col_indices=col_indices)
+    state.setdefault("step", torch.zeros((), dtype=torch.float32, device=parameter.device))
+    own = choice.selection_state
+    state["parameter_id"] = own[0]["parameter_id"]
+    state["selection"] = own if len(own) > 1 else own[0]
+
+
+def dense_state(parameter: Tensor, group: dict[str, Any], parameter_id: int) -> dict[str, Any]:
+    """The state of a parameter that is stepped whole."""
+    dtype = moment_dtype(parameter, group)
+    state: dict[str, Any] = {
+        name: torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
+        for name in ("exp_avg", "exp_avg_sq")
+    }
+    if keeps_master(parameter, group):
+        state["master"] = parameter.detach().to(torch.float32, memory_format=torch.preserve_format)
+    state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+    state["parameter_id"] = parameter_id
+    return state

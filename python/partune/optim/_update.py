@@ -1,0 +1,227 @@
+"""What a step does to the parameters: who takes part, what is chosen, which op calls follow."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from partune import ops
+from partune.ops.csr import Csr
+from partune.optim._functional import sparse_adamw
+from partune.optim._options import Layout, is_selected, named_parameters
+from partune.optim._refresh import (
+    Choice,
+    choose,
+    current_step,
+    dense_state,
+    initial_states,
+    install,
+    observe_,
+    selection_states,
+)
+from partune.selection.protocol import State, observes
+
+
+@dataclass
+class Update:
+    """One parameter's part in a step; `state` is empty before its first."""
+
+    name: str
+    parameter: Tensor
+    grad: Tensor | None
+    group: dict[str, Any]
+    state: dict[str, Any]
+    parameter_id: int
+    choice: Choice | None = None
+    observed: bool = False
+
+    def __post_init__(self) -> None:
+        self.selected = is_selected(self.parameter, self.group)
+
+    @property
+    def due(self) -> bool:
+        """Whether this step selects."""
+        if not self.selected or "crow_indices" not in self.state:
+            return self.selected
+        interval = self.group["refresh_interval"]
+        return bool(interval) and (current_step(self.state) + 1) % interval == 0
+
+    @property
+    def csr(self) -> Csr:
+        """The entries to step, those of a choice not yet in force included; both empty: all."""
+        if self.choice is not None:
+            return self.choice.crow_indices, self.choice.col_indices
+        if self.selected:
+            return self.state["crow_indices"], self.state["col_indices"]
+        nothing = torch.empty(0, dtype=torch.int32, device=self.parameter.device)
+        return nothing.to(torch.int64), nothing
+
+    def readable_grad(self) -> Tensor:
+        """The gradient as the op reads it: copied only where its strides are not the parameter's.
+
+        Raises:
+            RuntimeError: a sparse gradient, as from torch.optim.AdamW.
+        """
+        grad, parameter = self.grad, self.parameter
+        assert grad is not None
+        if grad.layout != torch.strided:
+            raise RuntimeError(
+                f"{self.name}: got a gradient of layout {grad.layout}, want a dense one; build the "
+                "embedding with sparse=False"
+            )
+        if self.selected:
+            return grad if grad.dim() == 2 else grad.contiguous()
+        if grad.stride() == parameter.stride() or grad.numel() <= 1:
+            return grad
+        return torch.empty_like(parameter, dtype=grad.dtype).copy_(grad)
+
+    def followed_grad(self, grad_scale: Tensor | None) -> Tensor:
+        """The gradient as selections see it: unscaled, and negated to maximize."""
+        grad = self.grad
+        assert grad is not None
+        if grad_scale is not None:
+            grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
+            grad = grad / grad_scale.to(grad.device)
+        return -grad if self.group["maximize"] else grad
+
+    def states(self) -> list[State]:
+        """The selection's own states, those of a first step not yet kept."""
+        if "selection" in self.state:
+            return selection_states(self.state)
+        layout = Layout.of(self.parameter)
+        return initial_states(self.group["selection"], self.parameter, layout, self.parameter_id)
+
+
+def collect_updates(
+    param_groups: Sequence[dict[str, Any]], states: Mapping[Tensor, dict[str, Any]]
+) -> list[Update]:
+    """Every parameter once, with the ordinal of its first matrix."""
+    updates: list[Update] = []
+    seen: set[Tensor] = set()
+    parameter_id = 0
+    for group in param_groups:
+        for name, parameter in named_parameters(group):
+            if parameter in seen:
+                continue
+            seen.add(parameter)
+            state = states.get(parameter, {})
+            updates.append(Update(name, parameter, parameter.grad, group, state, parameter_id))
+            parameter_id += parameter.shape[0] if parameter.dim() == 3 else 1
+    return updates
+
+
+def with_gradient(updates: Sequence[Update]) -> list[Update]:
+    """Those that this step concerns: a gradient, and not lr 0 with a gradient of zeros."""
+    concerned = []
+    idle = {id(u.group): float(u.group["lr"]) == 0 for u in updates}
+    for update in updates:
+        if update.grad is not None:
+            update.grad = update.readable_grad()
+            if not (idle[id(update.group)] and not update.grad.any()):
+                concerned.append(update)
+    return concerned
+
+
+def _observe(update: Update, states: list[State], grad_scale: Tensor | None) -> None:
+    """Count the step in the selection's own states and show it the gradient."""
+    for state in states:
+        state["step"] += 1
+    selection = update.group["selection"]
+    update.observed = True
+    if observes(selection):
+        grad = update.followed_grad(grad_scale)
+        observe_(selection, update.parameter, grad, Layout.of(update.parameter), states)
+
+
+def choose_in_step(update: Update, grad_scale: Tensor | None, *, revocable: bool) -> None:
+    """Make this step's choice; a revocable one leaves the state as it is until it is installed."""
+    states = update.states()
+    states = copy.deepcopy(states) if revocable else [dict(state) for state in states]
+    _observe(update, states, grad_scale)
+    _choose(update, update.followed_grad(grad_scale), states)
+
+
+def choose_on_demand(update: Update) -> None:
+    """Make a choice between steps."""
+    grad = None if update.grad is None else update.followed_grad(None)
+    _choose(update, grad, [dict(state) for state in update.states()])
+
+
+def _choose(update: Update, grad: Tensor | None, states: list[State]) -> None:
+    layout = Layout.of(update.parameter)
+    k = layout.selected_per_slice(update.group)
+    update.choice = choose(update.group["selection"], update.parameter, grad, layout, states, k)
+
+
+def install_choice(update: Update, states: dict[Tensor, dict[str, Any]]) -> None:
+    """Put a pending choice in force, where there is one."""
+    if update.choice is not None:
+        update.state = states[update.parameter]
+        layout = Layout.of(update.parameter)
+        install(update.state, update.choice, update.parameter, layout, update.group)
+        update.choice = None
+
+
+def prepare_state(
+    update: Update, states: dict[Tensor, dict[str, Any]], grad_scale: Tensor | None
+) -> None:
+    """Bring a parameter's state to where its entries can be stepped."""
+    install_choice(update, states)
+    if update.selected:
+        if not update.observed:
+            _observe(update, selection_states(update.state), grad_scale)
+    elif not update.state:
+        update.state = states[update.parameter]
+        update.state.update(dense_state(update.parameter, update.group, update.parameter_id))
+
+
+def any_nonfinite(updates: Sequence[Update]) -> bool:
+    """Whether a gradient entry that is to be stepped is NaN or infinite."""
+    flags: dict[torch.device, Tensor] = {}
+    alike: dict[tuple[Any, ...], list[Update]] = {}
+    for update in updates:
+        assert update.grad is not None
+        alike.setdefault((update.grad.device, update.grad.dtype), []).append(update)
+    for (device, _), members in alike.items():
+        flag = flags.setdefault(device, torch.zeros((), device=device))
+        crow_indices, col_indices = zip(*(u.csr for u in members), strict=True)
+        grads = [u.grad for u in members if u.grad is not None]
+        ops.found_inf_(flag, grads, crow_indices, col_indices)
+    return any(bool(flag) for flag in flags.values())
+
+
+def step_all(updates: Sequence[Update], grad_scale: Tensor | None) -> None:
+    """One call per group and combination of dtypes."""
+    alike: dict[tuple[Any, ...], list[Update]] = {}
+    for update in updates:
+        assert update.grad is not None
+        parameter, state = update.parameter, update.state
+        key = (id(update.group), parameter.device, parameter.dtype, update.grad.dtype)
+        alike.setdefault((*key, state["exp_avg"].dtype, "master" in state), []).append(update)
+    for members in alike.values():
+        group = members[0].group
+        crow_indices, col_indices = zip(*(u.csr for u in members), strict=True)
+        sparse_adamw(
+            [u.parameter for u in members],
+            [u.grad for u in members if u.grad is not None],
+            crow_indices,
+            col_indices,
+            [u.state["exp_avg"] for u in members],
+            [u.state["exp_avg_sq"] for u in members],
+            [u.state["master"] for u in members if "master" in u.state],
+            [u.state["step"] for u in members],
+            [u.state["parameter_id"] for u in members],
+            lr=group["lr"],
+            betas=group["betas"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            eps_mode=group["eps_mode"],
+            maximize=group["maximize"],
+            seed=group["seed"],
+            grad_scale=grad_scale,
+        )

@@ -1,0 +1,18 @@
+"""Which weights train: selections propose scores, the core picks the k best of each matrix."""
+
+from partune.selection.principal import PrincipalWeights
+from partune.selection.protocol import Factors, Proposal, Scores, Selection, topk_csr
+from partune.selection.scores import GradientMagnitude, Magnitude, Movement, Random
+
+__all__ = [
+    "Factors",
+    "GradientMagnitude",
+    "Magnitude",
+    "Movement",
+    "PrincipalWeights",
+    "Proposal",
+    "Random",
+    "Scores",
+    "Selection",
+    "topk_csr",
+]

@@ -1,0 +1,119 @@
+"""What a selection is: it proposes, the core alone turns a proposal into the CSR of the k best."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+from torch import Tensor
+
+from partune import ops
+from partune.ops.csr import Csr
+
+State: TypeAlias = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A score per entry, [rows, columns]; the k largest (or smallest) are selected."""
+
+    values: Tensor
+    largest: bool = True
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.values.shape)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Scores |left @ right| that are never held: left [rows, r], right [r, columns]."""
+
+    left: Tensor
+    right: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.left.shape[0], self.right.shape[1])
+
+
+Proposal: TypeAlias = Scores | Factors
+
+
+@runtime_checkable
+class Selection(Protocol):
+    """Which entries of a matrix train; subclass it, or just have its three methods.
+
+    `weight` and `grad` are one matrix [rows, columns] and its gradient (unscaled, negated where the
+    optimizer maximizes). `state` is what `init` returned, and in it the optimizer keeps up to date
+    `parameter_id`, the ordinal of the matrix, and `step`, the number of the step.
+
+    Example:
+        >>> import torch
+        >>> class Diagonal(Selection):
+        ...     def propose(self, weight, grad, state):
+        ...         return Scores(torch.eye(*weight.shape))
+        >>> topk_csr(Diagonal().propose(torch.ones(2, 2), None, {}), 2)[1]
+        tensor([0, 1], dtype=torch.int32)
+    """
+
+    def init(self, weight: Tensor) -> State:
+        """The selection's own state for a matrix: plain values and tensors, which are saved."""
+        return {}
+
+    def observe_(self, weight: Tensor, grad: Tensor, state: State) -> None:
+        """Take in the gradient of a step, before anything is selected or updated in it."""
+        return None
+
+    def propose(self, weight: Tensor, grad: Tensor | None, state: State) -> Proposal:
+        """Score the entries; grad is None where `select()` is called without one."""
+        ...
+
+
+def observes(selection: Selection) -> bool:
+    """Whether the selection looks at every step's gradient."""
+    return getattr(type(selection), "observe_", None) is not Selection.observe_
+
+
+def topk_csr(proposal: Proposal, k: int) -> Csr:
+    """Select exactly the k best entries of a proposal; ties go to the lower flat index.
+
+    Returns:
+        crow_indices int64 [rows + 1] and col_indices int32 [k].
+
+    Raises:
+        TypeError: neither Scores nor Factors, or a dtype that the core does not select from.
+        ValueError: a k out of range.
+
+    Example:
+        >>> import torch
+        >>> crow_indices, col_indices = topk_csr(Scores(torch.tensor([[3.0, 1.0, 2.0]])), 2)
+        >>> col_indices
+        tensor([0, 2], dtype=torch.int32)
+    """
+    if isinstance(proposal, Scores):
+        return ops.topk_csr(proposal.values, k, largest=proposal.largest)
+    if isinstance(proposal, Factors):
+        return ops.topk_csr_factors(proposal.left, proposal.right, k)
+    raise TypeError(f"proposal: got {type(proposal).__name__}, want Scores or Factors")
+
+
+def describe(selection: Selection) -> dict[str, Any]:
+    """A selection as plain data, to tell in a checkpoint which one made it."""
+    description: dict[str, Any] = {"type": type(selection).__qualname__}
+    if is_dataclass(selection):
+        for field in fields(selection):
+            value = getattr(selection, field.name)
+            plain = isinstance(value, bool | int | float | str) or value is None
+            description[field.name] = value if plain else repr(value)
+    return description
+
+
+def needs_gradient(selection: Selection, grad: Tensor | None) -> Tensor:
+    """The gradient; ValueError where there is none."""
+    if grad is None:
+        raise ValueError(
+            f"{type(selection).__name__} selects by gradients and got none: "
+            "call it after backward(), before zero_grad()"
+        )
+    return grad

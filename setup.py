@@ -6,6 +6,7 @@ Environment:
   CUDA_HOME             a CUDA toolkit to use instead of the compiler packages
   MAX_JOBS              compile jobs at once
 """
+
 from __future__ import annotations
 
 import importlib.util
@@ -32,7 +33,8 @@ def cuda_archs(torch_arch_list: str) -> str:
         match = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", entry)
         if not match:
             raise SystemExit(
-                f"partune: TORCH_CUDA_ARCH_LIST holds '{entry}'; expected entries such as 8.0, 9.0a or 12.0+PTX"
+                f"partune: TORCH_CUDA_ARCH_LIST holds '{entry}'; "
+                "expected entries such as 8.0, 9.0a or 12.0+PTX"
             )
         major, minor, suffix, ptx = match.groups()
         archs.append(f"{major}{minor}{suffix}" + ("" if ptx else "-real"))
@@ -45,16 +47,17 @@ def toolkit() -> Path:
         candidates = [Path(home)]
     else:
         nvidia = importlib.util.find_spec("nvidia")
-        packages = [Path(folder) / "cu13" for folder in (nvidia.submodule_search_locations if nvidia else [])]
+        folders = nvidia.submodule_search_locations if nvidia else []
+        packages = [Path(folder) / "cu13" for folder in folders or []]
         on_path = shutil.which("nvcc")
         candidates = packages + ([Path(on_path).resolve().parent.parent] if on_path else [])
     for candidate in candidates:
         if (candidate / "bin" / "nvcc").exists():
             return candidate
     raise SystemExit(
-        "partune: no CUDA compiler found. Build with pip's isolation (its build requirements bring one), "
-        "or `pip install -r build-requirements` as CONTRIBUTING.md says, or set CUDA_HOME, "
-        "or set PARTUNE_CUDA=0 for the CPU part alone."
+        "partune: no CUDA compiler found. Build with pip's isolation (its build requirements "
+        "bring one), or with `make build`, or set CUDA_HOME, or set PARTUNE_CUDA=0 for the CPU "
+        "part alone."
     )
 
 
@@ -80,9 +83,13 @@ class CMakeBuild(build_ext):
         import torch
 
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = Path(self.build_temp).resolve()
-        configure = [
-            "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+        # An editable install goes on where the last one ended; others start anew, because pip's
+        # isolated tools lie elsewhere each time.
+        again = self.editable_mode
+        build = ROOT.resolve() / "build" / "native" if again else Path(self.build_temp).resolve()
+        configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
+        configure += [] if again else ["--fresh"]
+        configure += [
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DTORCH_ROOT={Path(torch.__file__).parent}",
@@ -97,4 +104,8 @@ class CMakeBuild(build_ext):
         shutil.copy2(build / "module" / output.name, output)
 
 
-setup(version=VERSION, ext_modules=[Extension("partune._C", [])], cmdclass={"build_ext": CMakeBuild})
+setup(
+    version=VERSION,
+    ext_modules=[Extension("partune._C", [])],
+    cmdclass={"build_ext": CMakeBuild},
+)

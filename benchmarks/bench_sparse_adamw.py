@@ -22,19 +22,24 @@ SHARE_OF_BAR = {"avx512": 1.0, "avx2": 0.5, "baseline": 0.0}[_native.require().c
 SMOLLM2 = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
 
 
-def principal_like_csr(rows: int, columns: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """A selection as skewed as LIFT's on a pretrained model.
+def principal_like_factors(rows: int, columns: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Factors whose product is as skewed as a pretrained model's matrix.
 
-    The product of random factors whose rows and columns are scaled log-normally (sigma 0.42): on
-    SmolLM2's matrices the principal 5 % touch 46 % of the 64-byte lines, here they do too; uniform
-    entries would touch 56 %.
+    Rows and columns are scaled log-normally (sigma 0.42): on SmolLM2's matrices the principal 5 %
+    touch 46 % of the 64-byte lines, here they do too; uniform entries would touch 56 %.
     """
     generator = torch.Generator().manual_seed(seed)
     left = torch.randn(rows, 32, generator=generator)
     left *= torch.randn(rows, 1, generator=generator).mul(0.42).exp()
     right = torch.randn(32, columns, generator=generator)
     right *= torch.randn(1, columns, generator=generator).mul(0.42).exp()
-    return torch.ops.partune.topk_csr_factors(left, right, int(DENSITY * rows * columns))
+    return left, right
+
+
+def principal_like_csr(rows: int, columns: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """LIFT's selection of such a matrix."""
+    k = int(DENSITY * rows * columns)
+    return torch.ops.partune.topk_csr_factors(*principal_like_factors(rows, columns, seed), k)
 
 
 def uniform_csr(rows: int, columns: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -58,9 +63,7 @@ class Matrices:
         self.weights = [torch.randn(shape, dtype=dtype) for shape in shapes]
         counts = [col.numel() for _, col in self.csr]
         self.dense_grads = [torch.randn(shape, dtype=dtype) for shape in shapes]
-        self.grads = (
-            [torch.randn(n, dtype=dtype) for n in counts] if compact else self.dense_grads
-        )
+        self.grads = [torch.randn(n, dtype=dtype) for n in counts] if compact else self.dense_grads
         self.exp_avgs = [torch.zeros(n) for n in counts]
         self.exp_avg_sqs = [torch.zeros(n) for n in counts]
         self.masters = [torch.randn(n) for n in counts] if master else []
@@ -71,8 +74,7 @@ class Matrices:
             "seed": torch.tensor(0),
         }  # fmt: skip
         lines = sum(
-            lines_touched(csr, shape[1], dtype)
-            for csr, shape in zip(self.csr, shapes, strict=True)
+            lines_touched(csr, shape[1], dtype) for csr, shape in zip(self.csr, shapes, strict=True)
         )
         scattered = (2 if compact else 3) * 64 * lines
         per_entry = 4 + 16 + (dtype.itemsize if compact else 0) + (8 if master else 0)
@@ -156,7 +158,10 @@ def test_210_matrices_of_smollm2(report) -> None:
 def test_210_matrices_of_smollm2_through_the_optimizer(report) -> None:
     """The same step as a training script takes it, with the Python around the op."""
     matrices = Matrices(SMOLLM2 * 30, torch.float32)
-    parameters = [torch.nn.Parameter(weight.clone()) for weight in matrices.weights]
+    parameters = [
+        torch.nn.Parameter(torch.matmul(*principal_like_factors(*shape, seed=i)))
+        for i, shape in enumerate(SMOLLM2 * 30)
+    ]
     for parameter, grad in zip(parameters, matrices.dense_grads, strict=True):
         parameter.grad = grad
     optimizer = SparseAdamW(parameters, lr=1e-4, selection=Magnitude(), refresh_interval=None)

@@ -1,4 +1,4 @@
-"""Every figure beside its peer and its limit: rounds alternate, so that a machine's mood hits both."""
+"""Every figure beside its peer and its limit; rounds alternate, so all meet the same machine."""
 
 from __future__ import annotations
 

@@ -41,24 +41,29 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "partune's native core: build facts and devices. Its ops are torch.ops.partune.*";
   module.def("schemas", &schemas, "(family, schema) of every op.");
   module.def("build_info", &build_info, "What was decided when this module was compiled.");
-  module.def("cpu_isa", [] { return partune::isa_name(partune::cpu_isa()); },
-             "Instruction set that the CPU kernels run with.");
-  module.def("best_cpu_isa", [] { return partune::isa_name(partune::best_isa()); },
-             "Best instruction set that this machine has.");
+  module.def(
+      "cpu_isa", [] { return partune::isa_name(partune::cpu_isa()); },
+      "Instruction set that the CPU kernels run with.");
+  module.def(
+      "best_cpu_isa", [] { return partune::isa_name(partune::best_isa()); },
+      "Best instruction set that this machine has.");
 #ifdef PARTUNE_WITH_CUDA
-  module.def("cuda_probe", [] {
-    const partune::CudaProbe probe = partune::cuda_probe();
-    py::list devices;
-    for (const partune::CudaDevice& device : probe.devices) {
-      devices.append(py::make_tuple(device.name, device.major, device.minor,
-                                    partune::has_cuda_binary(device.major, device.minor)));
-    }
-    py::dict result;
-    result["driver"] = probe.driver_version;
-    result["error"] = probe.error;
-    result["devices"] = devices;
-    return result;
-  }, "Driver, devices (name, major, minor, whether this build has a binary for it), or why there are none.");
+  module.def(
+      "cuda_probe",
+      [] {
+        const partune::CudaProbe probe = partune::cuda_probe();
+        py::list devices;
+        for (const partune::CudaDevice& device : probe.devices) {
+          devices.append(py::make_tuple(device.name, device.major, device.minor,
+                                        partune::has_cuda_binary(device.major, device.minor)));
+        }
+        py::dict result;
+        result["driver"] = probe.driver_version;
+        result["error"] = probe.error;
+        result["devices"] = devices;
+        return result;
+      },
+      "Driver, devices (name, major, minor, whether this build has a binary for it), or why there are none.");
   module.def("has_cuda_binary", &partune::has_cuda_binary, py::arg("major"), py::arg("minor"),
              "Whether this build has a binary, or PTX, for a compute capability.");
   module.def("register_cuda", &partune::register_cuda,

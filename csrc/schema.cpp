@@ -6,6 +6,7 @@
 
 namespace partune {
 
+// clang-format off
 const Schema kSchemas[] = {
     // family sparse_adamw
     {"sparse_adamw", "sparse_adamw_(Tensor(a!)[] self, Tensor[] grads, Tensor[] crow_indices, Tensor[] col_indices, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] masters, Tensor[] state_steps, int[] parameter_ids, *, Tensor lr, float beta1, float beta2, float weight_decay, float eps, str eps_mode, bool maximize, str rounding, Tensor? seed=None, Tensor? offset=None, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"},
@@ -17,6 +18,7 @@ const Schema kSchemas[] = {
     {"select", "topk_csr_factors(Tensor left, Tensor right, int k) -> (Tensor, Tensor)"},
     {"select", "random_scores(int rows, int columns, *, Tensor seed, Tensor step, int parameter_id) -> Tensor"},
 };
+// clang-format on
 const int kSchemaCount = sizeof(kSchemas) / sizeof(kSchemas[0]);
 
 }  // namespace partune

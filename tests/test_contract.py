@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from bad_inputs import BAD_INPUTS
 
+from bad_inputs import BAD_INPUTS
 from partune import _native, ops
 from partune.ops._contract import OPS
 
@@ -45,9 +45,10 @@ def test_python_parts(name: str) -> None:
     for part in ("Args:", "Raises:", "Example:", ">>> "):
         assert part in op.function.__doc__, f"{name}'s docstring lacks {part}"
     assert has_kernel(name, "CompositeExplicitAutograd"), "the reference is registered"
-    assert has_kernel(name, "Meta") or torch._library.simple_registry.singleton.find(
-        f"partune::{name}"
-    ).fake_impl.kernel, "the fake kernel is registered"
+    assert (
+        has_kernel(name, "Meta")
+        or torch._library.simple_registry.singleton.find(f"partune::{name}").fake_impl.kernel
+    ), "the fake kernel is registered"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -84,4 +85,6 @@ def test_a_family_has_one_name_on_every_floor(family: str) -> None:
 
 def test_kernels_know_no_torch() -> None:
     for path in (ROOT / "csrc/kernels").iterdir():
-        assert not re.search(r"#include *<(torch|ATen|c10|string|vector|algorithm)", path.read_text())
+        assert not re.search(
+            r"#include *<(torch|ATen|c10|string|vector|algorithm)", path.read_text()
+        )

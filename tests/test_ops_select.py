@@ -7,9 +7,9 @@ import sys
 
 import pytest
 import torch
-from op_cases import SHAPES
 from torch import Tensor
 
+from op_cases import SHAPES
 from partune.ops._contract import OPS
 
 TOPK = torch.ops.partune.topk_csr.default

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_cases import LAYOUTS, SHAPES, StepCase, assert_close, embed, random_csr, step_case
 
+from op_cases import LAYOUTS, SHAPES, StepCase, assert_close, embed, random_csr, step_case
 from partune.ops._contract import OPS
 
 STEP = torch.ops.partune.sparse_adamw_.default

@@ -11,7 +11,8 @@ namespace partune {
 
 using TensorList = std::vector<Tensor>;
 
-inline SparseAdamWTypes types_of(const char* op, const Tensor& weight, const Tensor& grad, const Tensor& moment) {
+inline SparseAdamWTypes types_of(const char* op, const Tensor& weight, const Tensor& grad,
+                                 const Tensor& moment) {
   const ScalarType dtype = weight.scalar_type();
   const bool same = grad.scalar_type() == dtype;
   if (!same) check_dtype(op, "grads", grad, {ScalarType::Float});
@@ -153,7 +154,8 @@ AdamWHyperparameters<Real> hyperparameters_of(const char* op, double beta1, doub
 }
 
 struct SparseAdamWArguments {
-  const TensorList &self, &grads, &crow_indices, &col_indices, &exp_avgs, &exp_avg_sqs, &masters, &state_steps;
+  const TensorList &self, &grads, &crow_indices, &col_indices, &exp_avgs, &exp_avg_sqs, &masters,
+      &state_steps;
   const std::vector<int64_t>& parameter_ids;
 };
 
@@ -175,12 +177,11 @@ inline SparseAdamWList pack_list(const char* op, const SparseAdamWArguments& a, 
     const ScalarType dtype = a.self[i].scalar_type();
     const bool rounded = dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
     STD_TORCH_CHECK(a.masters.empty() || rounded, op, ": masters are for bfloat16 and float16 parameters");
-    list.draws |= (rounded && a.masters.empty() && stochastic) ||
-                  a.exp_avgs[i].scalar_type() == ScalarType::BFloat16;
-    list.matrices.push_back(pack_matrix(op, a.self[i], a.grads[i], a.crow_indices[i], a.col_indices[i],
-                                        a.exp_avgs[i], a.exp_avg_sqs[i],
-                                        a.masters.empty() ? nullptr : &a.masters[i], a.state_steps[i],
-                                        a.parameter_ids[i]));
+    list.draws |=
+        (rounded && a.masters.empty() && stochastic) || a.exp_avgs[i].scalar_type() == ScalarType::BFloat16;
+    list.matrices.push_back(pack_matrix(
+        op, a.self[i], a.grads[i], a.crow_indices[i], a.col_indices[i], a.exp_avgs[i], a.exp_avg_sqs[i],
+        a.masters.empty() ? nullptr : &a.masters[i], a.state_steps[i], a.parameter_ids[i]));
   }
   return list;
 }

@@ -12,8 +12,8 @@ constexpr Isa kAll[] = {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512};
 bool machine_has(Isa isa) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("f16c");
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   switch (isa) {
     case Isa::kBaseline:
       return true;
@@ -56,7 +56,8 @@ Isa isa_from_name(const char* name) {
     throw std::runtime_error(std::string("PARTUNE_CPU_ISA=") + name + ", but this machine's best is " +
                              isa_name(best_isa()));
   }
-  throw std::runtime_error(std::string("PARTUNE_CPU_ISA must be baseline, avx2 or avx512, got '") + name + "'");
+  throw std::runtime_error(std::string("PARTUNE_CPU_ISA must be baseline, avx2 or avx512, got '") + name +
+                           "'");
 }
 
 Isa cpu_isa() {

@@ -266,9 +266,8 @@ Csr topk_csr(Tensor scores, int64_t k, bool largest) {
 
 Csr threshold_csr(Tensor scores, double threshold, bool largest) {
   STD_TORCH_CHECK(threshold == threshold, "threshold_csr: threshold must be a number, got NaN");
-  return with_selector("threshold_csr", scores, largest, [&](auto selector) {
-    return selector.above(threshold, scores);
-  });
+  return with_selector("threshold_csr", scores, largest,
+                       [&](auto selector) { return selector.above(threshold, scores); });
 }
 
 template <typename Real>

@@ -33,8 +33,8 @@ void sparse_adamw_(TensorList self, TensorList grads, TensorList crow_indices, T
                    TensorList exp_avgs, TensorList exp_avg_sqs, TensorList masters, TensorList state_steps,
                    std::vector<int64_t> parameter_ids, Tensor lr, double beta1, double beta2,
                    double weight_decay, double eps, std::string eps_mode, bool maximize, std::string rounding,
-                   std::optional<Tensor> seed, std::optional<Tensor> offset,
-                   std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
+                   std::optional<Tensor> seed, std::optional<Tensor> offset, std::optional<Tensor> grad_scale,
+                   std::optional<Tensor> found_inf) {
   const char* op = "sparse_adamw_";
   const SparseAdamWArguments arguments{self,        grads,   crow_indices, col_indices,  exp_avgs,
                                        exp_avg_sqs, masters, state_steps,  parameter_ids};

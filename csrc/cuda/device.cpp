@@ -5,7 +5,8 @@
 #include <stdexcept>
 
 // Only a torch with CUDA has this symbol; without one nothing calls it.
-extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device_index,
+                                                                            void** ret_stream);
 
 namespace partune {
 

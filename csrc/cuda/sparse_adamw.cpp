@@ -51,7 +51,8 @@ void sparse_adamw_cuda_(TensorList self, TensorList grads, TensorList crow_indic
   const SparseAdamWArguments arguments{self,        grads,   crow_indices, col_indices,  exp_avgs,
                                        exp_avg_sqs, masters, state_steps,  parameter_ids};
   SparseAdamWDeviceStep step{};
-  step.hyperparameters = hyperparameters_of<float>(op, beta1, beta2, weight_decay, eps, eps_mode, maximize, rounding);
+  step.hyperparameters =
+      hyperparameters_of<float>(op, beta1, beta2, weight_decay, eps, eps_mode, maximize, rounding);
   set_lr(op, lr, self[0], step);
   step.seed = device_integer(op, "seed", seed, self[0]);
   step.offset = device_integer(op, "offset", offset, self[0]);
@@ -70,7 +71,8 @@ void sparse_adamw_cuda_(TensorList self, TensorList grads, TensorList crow_indic
     }
     if (matrices.empty()) continue;
     STD_TORCH_CHECK(types != kFloat64, op, ": float64 parameters are stepped on the CPU only");
-    check_launch(op, launch_sparse_adamw(SparseAdamWTypes(types), step, matrices.data(), int(matrices.size()), stream));
+    check_launch(op, launch_sparse_adamw(SparseAdamWTypes(types), step, matrices.data(), int(matrices.size()),
+                                         stream));
   }
 }
 

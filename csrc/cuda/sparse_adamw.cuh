@@ -5,8 +5,8 @@
 namespace partune {
 
 template <typename Weight, typename Grad, typename State>
-cudaError_t launch_sparse_adamw(const SparseAdamWDeviceStep& step, const SparseAdamWMatrix* matrices, int count,
-                                cudaStream_t stream) {
+cudaError_t launch_sparse_adamw(const SparseAdamWDeviceStep& step, const SparseAdamWMatrix* matrices,
+                                int count, cudaStream_t stream) {
   SparseAdamWLaunch launch;
   launch.step = step;
   for (int done = 0; done < count;) {
@@ -21,16 +21,16 @@ cudaError_t launch_sparse_adamw(const SparseAdamWDeviceStep& step, const SparseA
     }
     if (launch.count == 0) return cudaErrorInvalidConfiguration;
     launch.first_block[launch.count] = int(blocks);
-    const cudaError_t error =
-        LAUNCH((sparse_adamw_kernel<Weight, Grad, State, kSparseAdamWBlock>), dim3(unsigned(blocks)),
-               dim3(kSparseAdamWBlock), 0, stream, launch);
+    const cudaError_t error = LAUNCH((sparse_adamw_kernel<Weight, Grad, State, kSparseAdamWBlock>),
+                                     dim3(unsigned(blocks)), dim3(kSparseAdamWBlock), 0, stream, launch);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
 }
 
 inline cudaError_t launch_sparse_adamw_types(SparseAdamWTypes types, const SparseAdamWDeviceStep& step,
-                                             const SparseAdamWMatrix* matrices, int count, cudaStream_t stream) {
+                                             const SparseAdamWMatrix* matrices, int count,
+                                             cudaStream_t stream) {
   switch (types) {
     case kFloat32:
       return launch_sparse_adamw<float, float, float>(step, matrices, count, stream);

@@ -102,9 +102,7 @@ PARTUNE_FN void round_nearest(float x, Half& out) {
   // Adding 1/2 puts the subnormal's last bit at the float's last bit: the addition rounds it.
   const uint32_t subnormal = float_bits(float_from_bits(magnitude) + 0.5f) - 0x3f000000u;
   const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
-  const uint32_t rounded = magnitude >= 0x47800000u  ? special
-                           : magnitude < 0x38800000u ? subnormal
-                                                     : normal;
+  const uint32_t rounded = magnitude >= 0x47800000u ? special : magnitude < 0x38800000u ? subnormal : normal;
   out.bits = uint16_t(rounded | (bits >> 16 & 0x8000u));
 }
 
@@ -134,9 +132,7 @@ PARTUNE_FN void round_stochastic(float x, uint32_t random, Half& out) {
   const uint32_t kept = (significand + (random & ((1u << shift) - 1u))) >> shift;
   const uint32_t subnormal = dropped <= 31u ? kept : 0u;
   const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
-  const uint32_t rounded = magnitude >= 0x7f800000u  ? special
-                           : magnitude < 0x38800000u ? subnormal
-                                                     : normal;
+  const uint32_t rounded = magnitude >= 0x7f800000u ? special : magnitude < 0x38800000u ? subnormal : normal;
   out.bits = uint16_t(rounded | (bits >> 16 & 0x8000u));
 }
 

@@ -25,8 +25,8 @@ void keys_of(const Real* scores, int count, bool largest, Key* keys) {
 }
 
 template <typename Real>
-void histogram(const Real* scores, int64_t count, bool largest,
-               KeyRange<typename KeyOf<Real>::Type> range, int shift, int64_t* counts) {
+void histogram(const Real* scores, int64_t count, bool largest, KeyRange<typename KeyOf<Real>::Type> range,
+               int shift, int64_t* counts) {
   using Key = typename KeyOf<Real>::Type;
   const Key width = range.last - range.first;
   Key keys[kTile];
@@ -97,7 +97,7 @@ void emit(const Real* scores, int64_t count, bool largest, typename KeyOf<Real>:
 constexpr int kBlockRows = 6;
 constexpr int kBlockVectors = kVectorBytes == 64 ? 4 : 2;
 template <typename Real>
-constexpr int kBlockColumns = kBlockVectors* kLanes<Real>;
+constexpr int kBlockColumns = kBlockVectors * kLanes<Real>;
 
 // [rank, kBlockColumns] of right, contiguous and padded with zeros.
 template <typename Real>
@@ -109,7 +109,8 @@ void pack(const Real* right, int64_t rank, int64_t columns, int width, Real* pac
 }
 
 template <int Rows, typename Real>
-void product_block(const Real* left, const Real* packed, int64_t rank, int64_t columns, int width, Real* out) {
+void product_block(const Real* left, const Real* packed, int64_t rank, int64_t columns, int width,
+                   Real* out) {
   using V = Vector<Real>;
   constexpr int W = kLanes<Real>;
   V sum[Rows][kBlockVectors] = {};
@@ -176,8 +177,7 @@ constexpr SelectBodies<Real> kBodies = {histogram<Real>, collect<Real>, emit<Rea
 
 }  // namespace
 
-const SelectCpu select_cpu = {kBodies<float>,       kBodies<double>, widen_row<BFloat16>,
-                              widen_row<Half>, random};
+const SelectCpu select_cpu = {kBodies<float>, kBodies<double>, widen_row<BFloat16>, widen_row<Half>, random};
 
 }  // namespace PARTUNE_ISA
 }  // namespace partune

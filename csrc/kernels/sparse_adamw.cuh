@@ -71,8 +71,8 @@ PARTUNE_FN void gather_entries(const SparseAdamWMatrix& m, int64_t first_row, in
 
 template <typename Weight, typename Grad, typename State>
 PARTUNE_FN void step_entries(const SparseAdamWMatrix& m, const SparseAdamWDeviceStep& step,
-                             const AdamWCoefficients<float>& coefficients, int64_t first_row, int64_t last_row,
-                             int64_t position, int count) {
+                             const AdamWCoefficients<float>& coefficients, int64_t first_row,
+                             int64_t last_row, int64_t position, int count) {
   constexpr bool kRoundedWeight = sizeof(Weight) < sizeof(float);
   constexpr bool kRoundedState = sizeof(State) < sizeof(float);
   Weight* weight = static_cast<Weight*>(m.weight);
@@ -139,7 +139,8 @@ __global__ void __launch_bounds__(kBlock, 3)
   if (threadIdx.x == 32) {
     const float lr = launch.step.lr ? *launch.step.lr : launch.step.lr_value;
     const float grad_scale = launch.step.grad_scale ? *launch.step.grad_scale : 1.0f;
-    coefficients[0] = adamw_coefficients(launch.step.hyperparameters, lr, grad_scale, uint32_t(*m.state_step));
+    coefficients[0] =
+        adamw_coefficients(launch.step.hyperparameters, lr, grad_scale, uint32_t(*m.state_step));
   }
   __syncthreads();
   const int64_t position = begin + 4 * int64_t(threadIdx.x);

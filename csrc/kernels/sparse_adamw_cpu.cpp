@@ -13,7 +13,7 @@ namespace partune {
 namespace PARTUNE_ISA {
 namespace {
 
-constexpr int kTile = 512;
+constexpr int kTile = 1024;
 
 // Where the entries of a tile are: in the matrix (row·columns + column), and in memory.
 struct TileOffsets {
@@ -73,8 +73,8 @@ void gather(const Stored* source, const int64_t* offsets, const int64_t* next, i
 
 // The same for weights and gradients that lie alike.
 template <typename Weight, typename Grad>
-void gather_both(const Weight* weight, const Grad* grad, const int64_t* offsets, const int64_t* next, int count,
-                 Weight* weight_out, Grad* grad_out) {
+void gather_both(const Weight* weight, const Grad* grad, const int64_t* offsets, const int64_t* next,
+                 int count, Weight* weight_out, Grad* grad_out) {
   for (int i = 0; i < count; ++i) {
     __builtin_prefetch(weight + next[i], 0, 2);
     __builtin_prefetch(grad + next[i], 0, 2);
@@ -116,8 +116,8 @@ struct TileRandom {
 };
 
 // Draws whole vectors: index has kTile places, those beyond count are drawn for nothing.
-void draw(const int64_t* index, int count, bool for_state, uint32_t step, uint32_t parameter_id, PhiloxKey key,
-          TileRandom& random) {
+void draw(const int64_t* index, int count, bool for_state, uint32_t step, uint32_t parameter_id,
+          PhiloxKey key, TileRandom& random) {
   for (int i = 0; i < count; i += kWords) {
     const Words indices = load_words(reinterpret_cast<const uint64_t*>(index + i));
     const PhiloxWords drawn = philox(indices, step, parameter_id, key);
@@ -140,9 +140,11 @@ void update(const Real* grad, Real* weight, Real* exp_avg, Real* exp_avg_sq, int
 template <typename Real>
 AdamWCoefficients<Real> coefficients_of(const SparseAdamWMatrix& m, const SparseAdamWStep& s) {
   const AdamWHyperparameters<double>& h = s.hyperparameters;
-  const AdamWHyperparameters<Real> narrowed{
-      Real(h.beta1), Real(h.one_minus_beta1), Real(h.beta2), Real(h.one_minus_beta2), Real(h.weight_decay),
-      Real(h.eps),   h.corrected,             h.maximize,    h.stochastic};
+  const AdamWHyperparameters<Real> narrowed{Real(h.beta1),        Real(h.one_minus_beta1),
+                                            Real(h.beta2),        Real(h.one_minus_beta2),
+                                            Real(h.weight_decay), Real(h.eps),
+                                            h.corrected,          h.maximize,
+                                            h.stochastic};
   return adamw_coefficients(narrowed, Real(s.lr), Real(s.grad_scale), uint32_t(*m.state_step));
 }
 
@@ -175,7 +177,7 @@ class Stepper {
     for (int64_t tile = begin; tile < end; tile += kTile, parity ^= 1) {
       const int count = int(end - tile < kTile ? end - tile : kTile);
       TileOffsets& now = offsets[parity];
-      const bool next_is_full = tile + 2 * kTile <= end;
+      const bool next_is_full = tile + 2 * int64_t(kTile) <= end;
       if (is_sparse_) {
         if (tile + kTile < end) locate(m_, cursor, end, offsets[parity ^ 1]);
       } else {
@@ -218,7 +220,8 @@ class Stepper {
     State* stored_exp_avg = static_cast<State*>(m_.exp_avg) + tile;
     State* stored_exp_avg_sq = static_cast<State*>(m_.exp_avg_sq) + tile;
     if (is_sparse_) gather_tile(count, now, next);
-    if (!is_sparse_ || m_.grad_is_compact) stored_grad = static_cast<Grad*>(const_cast<void*>(m_.grad)) + tile;
+    if (!is_sparse_ || m_.grad_is_compact)
+      stored_grad = static_cast<Grad*>(const_cast<void*>(m_.grad)) + tile;
 
     const Real* grad = widened(stored_grad, count, values_.grad);
     Real* weight = nullptr;

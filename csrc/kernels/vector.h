@@ -71,9 +71,7 @@ PARTUNE_FN Vector<double> multiply_add(Vector<double> a, Vector<double> b, Vecto
   return (Vector<double>)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
 }
 #else
-PARTUNE_FN Vector<float> multiply_add(Vector<float> a, Vector<float> b, Vector<float> c) {
-  return a * b + c;
-}
+PARTUNE_FN Vector<float> multiply_add(Vector<float> a, Vector<float> b, Vector<float> c) { return a * b + c; }
 PARTUNE_FN Vector<double> multiply_add(Vector<double> a, Vector<double> b, Vector<double> c) {
   return a * b + c;
 }

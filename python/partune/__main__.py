@@ -1,0 +1,5 @@
+"""`python -m partune` is the command `partune`."""
+
+from partune.cli import main
+
+main()

@@ -1,0 +1,228 @@
+"""`partune info`, and the loading of the native core that it reports on."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import partune
+from partune import _native, cli
+
+GPU = ("NVIDIA H100", 9, 0, True)
+OLD_GPU = ("Tesla V100", 7, 0, False)
+
+
+class FakeCore:
+    """A native core on a machine of our choice."""
+
+    def __init__(self, cuda=13000, driver=13000, devices=(), error="", best="avx2"):
+        self.cuda, self.devices = cuda, list(devices)
+        self.probe = {"driver": driver, "error": error, "devices": self.devices}
+        self.best = best
+        self.registered = self.probed = 0
+
+    def build_info(self):
+        archs = "90-real 120" if self.cuda else ""
+        version = partune.__version__
+        return {"version": version, "compiler": "12.2.0", "cuda": self.cuda, "cuda_archs": archs}
+
+    def cpu_isa(self):
+        return self.best
+
+    def best_cpu_isa(self):
+        return self.best
+
+    def cuda_probe(self):
+        self.probed += 1
+        return self.probe
+
+    def register_cuda(self):
+        self.registered += 1
+
+
+@pytest.fixture
+def load_native(monkeypatch):
+    """Loads a second copy of partune._native beside a core, or beside none."""
+
+    def load(core, backend=None, torch_cuda="13.0"):
+        monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+        if backend is None:
+            monkeypatch.delenv("PARTUNE_BACKEND", raising=False)
+        else:
+            monkeypatch.setenv("PARTUNE_BACKEND", backend)
+        # None in sys.modules makes the import fail, as a missing or broken file does.
+        monkeypatch.setitem(sys.modules, "partune._C", core)
+        monkeypatch.delattr(partune, "_C", raising=False)
+        if core is not None:
+            monkeypatch.setattr(partune, "_C", core, raising=False)
+        spec = importlib.util.spec_from_file_location("native_copy", _native.__file__)
+        native = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(native)
+        return native
+
+    return load
+
+
+@pytest.fixture
+def info_of(load_native, monkeypatch):
+    """What `partune info --json` finds with such a core."""
+
+    def info(*args, **kwargs):
+        monkeypatch.setattr(cli, "_native", load_native(*args, **kwargs))
+        facts = cli.collect_info()
+        assert cli.format_info(facts)
+        return json.loads(json.dumps(facts))
+
+    return info
+
+
+@pytest.mark.parametrize("backend", [None, "", "auto", "cuda"])
+def test_cuda_kernels_are_registered_once_where_they_can_run(load_native, backend):
+    core = FakeCore(devices=[OLD_GPU, GPU])
+    native = load_native(core, backend)
+    assert native.cuda_status() is None
+    assert native.require() is native.require() is core
+    assert core.registered == 1
+
+
+@pytest.mark.parametrize(
+    ("core", "torch_cuda", "reason"),
+    [
+        (FakeCore(devices=[GPU]), None, "built without CUDA"),
+        (FakeCore(cuda=None, devices=[GPU]), "13.0", "PARTUNE_CUDA=0"),
+        (FakeCore(driver=0, error="no driver"), "13.0", "no driver"),
+        (FakeCore(), "13.0", "none found"),
+        (FakeCore(driver=12080, error="insufficient"), "13.0", "supports CUDA 12.8, .* needs 13.0"),
+        (FakeCore(devices=[OLD_GPU]), "13.0", r"no binary for Tesla V100 \(sm_70\)"),
+    ],
+)
+def test_cuda_kernels_stay_off_with_a_reason(load_native, core, torch_cuda, reason):
+    native = load_native(core, None, torch_cuda)
+    assert re.search(reason, native.cuda_status())
+    assert native.require() is core
+    assert core.registered == 0
+
+
+def test_a_torch_without_cuda_is_not_made_to_look_for_a_gpu(load_native):
+    core = FakeCore(devices=[GPU])
+    load_native(core, None, None)
+    assert core.probed == 0
+
+
+def test_the_reference_can_be_asked_for(load_native):
+    core = FakeCore(devices=[GPU])
+    native = load_native(core, "reference")
+    assert "PARTUNE_BACKEND=reference" in native.cuda_status()
+    assert native.require() is core
+    assert core.registered == core.probed == 0
+
+
+@pytest.mark.parametrize(("backend", "reason"), [("cuda", "can't run"), ("opencl", "one of auto")])
+def test_a_backend_that_can_not_be_had_is_an_error_at_first_use(load_native, backend, reason):
+    core = FakeCore(devices=[OLD_GPU])
+    native = load_native(core, backend)
+    assert native.cuda_status() is not None
+    with pytest.raises(RuntimeError, match=f"PARTUNE_BACKEND.*{reason}"):
+        native.require()
+    assert core.registered == 0
+
+
+def test_without_the_core_the_reason_is_told_at_first_use(load_native):
+    native = load_native(None)
+    assert native.load_error()
+    assert native.cuda_status()
+    with pytest.raises(RuntimeError, match=r"could not be loaded .*partune info"):
+        native.require()
+
+
+def test_info_without_the_core_says_what_to_do(info_of):
+    info = info_of(None)
+    assert info["native"]["error"]
+    assert {op["cpu"] for op in info["ops"]} == {op["cuda"] for op in info["ops"]} == {"none"}
+    assert len(info["advice"]) == 1
+    assert "make build" in info["advice"][0]
+
+
+@pytest.mark.parametrize(
+    ("core", "torch_cuda", "advice"),
+    [
+        (FakeCore(cuda=None), None, "without PARTUNE_CUDA=0"),
+        (FakeCore(driver=0), None, "no NVIDIA driver"),
+        (FakeCore(driver=12080, error="insufficient"), "13.0", "Update the driver"),
+        (FakeCore(error="no device"), "13.0", "no usable GPU: no device"),
+        (FakeCore(devices=[GPU]), None, "Install a torch with CUDA"),
+        (FakeCore(devices=[OLD_GPU]), "13.0", 'TORCH_CUDA_ARCH_LIST="7.0"'),
+    ],
+)
+def test_info_says_what_is_missing_and_how_to_get_it(info_of, core, torch_cuda, advice):
+    found = info_of(core, None, torch_cuda)["advice"]
+    assert len(found) == 1
+    assert advice in found[0]
+
+
+def test_info_of_a_complete_machine_misses_nothing(info_of):
+    info = info_of(FakeCore(devices=[GPU]))
+    assert info["advice"] == []
+    assert info["native"]["cuda"] == info["gpu"]["driver"] == "13.0"
+    assert info["native"]["cuda_archs"] == ["sm_90", "sm_120+PTX"]
+    assert info["gpu"]["kernels_off_because"] is None
+    assert info["gpu"]["devices"] == [
+        {"name": "NVIDIA H100", "capability": "9.0", "has_binary": True}
+    ]
+
+
+@pytest.mark.parametrize("backend", ["reference", "cuda", "opencl"])
+def test_info_tells_of_a_backend_that_was_set(info_of, backend):
+    assert any("PARTUNE_BACKEND" in advice for advice in info_of(FakeCore(), backend)["advice"])
+
+
+def test_info_tells_of_an_instruction_set_that_is_not_the_best(info_of):
+    core = FakeCore(devices=[GPU])
+    core.cpu_isa = lambda: "baseline"
+    info = info_of(core)
+    assert info["cpu"]["available"] == ["baseline", "avx2"]
+    assert "PARTUNE_CPU_ISA keeps the CPU kernels at baseline" in info["advice"][0]
+
+
+def test_info_survives_an_instruction_set_that_is_not_there(info_of):
+    def refuse():
+        raise RuntimeError("PARTUNE_CPU_ISA=avx512, but this machine's best is avx2")
+
+    core = FakeCore(devices=[GPU])
+    core.cpu_isa = refuse
+    assert "this machine's best is avx2" in info_of(core)["advice"][0]
+
+
+def test_every_op_has_a_kernel_on_the_cpu():
+    ops = cli.collect_info()["ops"]
+    assert ops
+    assert {op["cpu"] for op in ops} == {"kernel"}
+    schemas = {text.split("(")[0] for _, text in _native.require().schemas()}
+    assert {op["name"] for op in ops} == schemas
+
+
+def test_the_module_prints_text():
+    text = output(sys.executable, "-m", "partune", "info")
+    assert partune.__version__ in text
+    assert "sparse_adamw_" in text
+
+
+def test_the_command_prints_json():
+    facts = json.loads(output(Path(sys.prefix, "bin", "partune"), "info", "--json"))
+    assert facts["cpu"]["isa"] in facts["cpu"]["available"]
+    assert facts["ops"]
+
+
+def output(*command):
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def test_a_command_is_required(capsys):
+    with pytest.raises(SystemExit):
+        cli.main([])
+    assert "info" in capsys.readouterr().err

@@ -54,7 +54,7 @@ def test_python_parts(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_kernels(name: str) -> None:
     assert has_kernel(name, "CPU")
-    launched = f'impl("{name}"' in (ROOT / "csrc/cuda/register.cpp").read_text()
+    launched = f'impl("{name}"' in (ROOT / "csrc/cuda/bindings.h").read_text()
     assert launched is (name not in WITHOUT_CUDA_BODY)
 
 

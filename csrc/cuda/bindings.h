@@ -1,5 +1,7 @@
-// The CUDA bindings, as register_cuda() lists them.
+// The CUDA bindings, and the one list that tells the dispatcher of them.
 #pragma once
+#include <torch/csrc/stable/library.h>
+
 #include "../binding/sparse_adamw.h"
 
 namespace partune {
@@ -10,5 +12,10 @@ void sparse_adamw_cuda_(TensorList self, TensorList grads, TensorList crow_indic
                         double beta2, double weight_decay, double eps, std::string eps_mode, bool maximize,
                         std::string rounding, std::optional<Tensor> seed, std::optional<Tensor> offset,
                         std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf);
+
+// Adds every CUDA kernel to a library.
+inline void implement_cuda_ops(torch::stable::detail::StableLibrary& library) {
+  library.impl("sparse_adamw_", TORCH_BOX(&sparse_adamw_cuda_));
+}
 
 }  // namespace partune

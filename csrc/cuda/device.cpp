@@ -44,6 +44,8 @@ bool has_cuda_binary(int major, int minor) {
   return false;
 }
 
+bool is_on_device(const torch::stable::Tensor& tensor) { return tensor.is_cuda(); }
+
 cudaStream_t current_stream(int device) {
   void* stream = nullptr;
   if (!aoti_torch_get_current_cuda_stream || aoti_torch_get_current_cuda_stream(device, &stream) != 0) {

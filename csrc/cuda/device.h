@@ -1,6 +1,7 @@
 // Devices, streams and errors of CUDA, for bindings that also load where there is no CUDA at all.
 #pragma once
 #include <cuda_runtime_api.h>
+#include <torch/csrc/stable/tensor.h>
 
 #include <string>
 #include <vector>
@@ -26,6 +27,9 @@ bool has_cuda_binary(int major, int minor);
 
 // Registers the CUDA kernels with torch's dispatcher, once.
 void register_cuda();
+
+// Whether a kernel can read a tensor's memory; else its number must travel by value.
+bool is_on_device(const torch::stable::Tensor& tensor);
 
 // torch's current stream of a device.
 cudaStream_t current_stream(int device);

@@ -1,7 +1,5 @@
 // Registration of the CUDA kernels by a call, so that a machine whose driver or GPU doesn't fit keeps
 // torch's CUDA key free for another backend.
-#include <torch/csrc/stable/library.h>
-
 #include "bindings.h"
 #include "device.h"
 
@@ -12,7 +10,7 @@ void register_cuda() {
   // Never destroyed: kernels stay registered for the life of the process.
   static StableLibrary* const library = [] {
     auto* made = new StableLibrary(StableLibrary::Kind::IMPL, "partune", "CUDA", __FILE__, __LINE__);
-    made->impl("sparse_adamw_", TORCH_BOX(&sparse_adamw_cuda_));
+    implement_cuda_ops(*made);
     return made;
   }();
   (void)library;

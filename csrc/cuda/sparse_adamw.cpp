@@ -27,7 +27,7 @@ const int64_t* device_integer(const char* op, const char* name, const std::optio
 
 // A learning rate on the CPU travels by value; one on the device is read there.
 void set_lr(const char* op, const Tensor& lr, const Tensor& like, SparseAdamWDeviceStep& step) {
-  if (!lr.is_cpu()) {
+  if (is_on_device(lr)) {
     step.lr = device_float(op, "lr", lr, like);
   } else if (lr.scalar_type() == ScalarType::Double) {
     check_scalar(op, "lr", lr, lr, {ScalarType::Double});

@@ -18,16 +18,6 @@ SCHEMAS = _native.require().schemas()
 NAMES = [re.match(r"\w+", schema)[0] for _, schema in SCHEMAS]
 FAMILIES = dict(zip(NAMES, (family for family, _ in SCHEMAS), strict=True))
 
-# Ops whose CUDA body is still to be written. Whoever writes one takes it off this list.
-WITHOUT_CUDA_BODY = {
-    "found_inf_",
-    "remap_",
-    "topk_csr",
-    "threshold_csr",
-    "topk_csr_factors",
-    "random_scores",
-}
-
 
 def has_kernel(name: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"partune::{name}", key)
@@ -54,8 +44,7 @@ def test_python_parts(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_kernels(name: str) -> None:
     assert has_kernel(name, "CPU")
-    launched = f'impl("{name}"' in (ROOT / "csrc/cuda/bindings.h").read_text()
-    assert launched is (name not in WITHOUT_CUDA_BODY)
+    assert f'impl("{name}"' in (ROOT / "csrc/cuda/bindings.h").read_text()
 
 
 @pytest.mark.parametrize("name", NAMES)

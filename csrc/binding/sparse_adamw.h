@@ -138,6 +138,54 @@ inline void check_lengths(const char* op, size_t wanted, std::initializer_list<s
   }
 }
 
+// The gradients of found_inf_, each of any floating dtype.
+inline std::vector<SparseAdamWMatrix> pack_gradients(const char* op, const TensorList& grads,
+                                                     const TensorList& crow_indices,
+                                                     const TensorList& col_indices) {
+  check_lengths(op, grads.size(), {crow_indices.size(), col_indices.size()});
+  std::vector<SparseAdamWMatrix> matrices;
+  for (size_t i = 0; i < grads.size(); ++i) {
+    check_dtype(op, "grads", grads[i],
+                {ScalarType::Double, ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
+    matrices.push_back(pack_gradient(op, grads[i], grads[i], crow_indices[i], col_indices[i]));
+  }
+  return matrices;
+}
+
+// Two CSRs of one shape, and what is to be carried from the old one to the new one.
+struct RemapArguments {
+  CsrPair csrs;
+  std::vector<RemapValues> values;
+};
+
+inline RemapArguments pack_remap(const char* op, const TensorList& new_values, const TensorList& old_values,
+                                 const Tensor& old_crow_indices, const Tensor& old_col_indices,
+                                 const Tensor& new_crow_indices, const Tensor& new_col_indices) {
+  check_lengths(op, new_values.size(), {old_values.size()});
+  const int64_t old_nnz = old_col_indices.numel(), new_nnz = new_col_indices.numel();
+  const int64_t rows = new_crow_indices.numel() - 1;
+  STD_TORCH_CHECK(rows >= 0, op, ": new_crow_indices must not be empty");
+  check_vector(op, "old_crow_indices", old_crow_indices, new_crow_indices, {ScalarType::Long}, rows + 1);
+  check_vector(op, "new_crow_indices", new_crow_indices, new_crow_indices, {ScalarType::Long}, rows + 1);
+  check_vector(op, "old_col_indices", old_col_indices, new_crow_indices, {ScalarType::Int}, old_nnz);
+  check_vector(op, "new_col_indices", new_col_indices, new_crow_indices, {ScalarType::Int}, new_nnz);
+  RemapArguments arguments;
+  arguments.csrs = {old_crow_indices.const_data_ptr<int64_t>(),
+                    new_crow_indices.const_data_ptr<int64_t>(),
+                    old_col_indices.const_data_ptr<int32_t>(),
+                    new_col_indices.const_data_ptr<int32_t>(),
+                    rows,
+                    new_nnz};
+  for (size_t i = 0; i < new_values.size(); ++i) {
+    const auto dtypes = {ScalarType::Double, ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
+    check_vector(op, "new_values", new_values[i], new_crow_indices, dtypes, new_nnz);
+    check_vector(op, "old_values", old_values[i], new_crow_indices, {new_values[i].scalar_type()}, old_nnz);
+    arguments.values.push_back({old_values[i].const_data_ptr(), new_values[i].mutable_data_ptr(),
+                                int(new_values[i].element_size())});
+  }
+  return arguments;
+}
+
 template <typename Real>
 AdamWHyperparameters<Real> hyperparameters_of(const char* op, double beta1, double beta2, double weight_decay,
                                               double eps, const std::string& eps_mode, bool maximize,

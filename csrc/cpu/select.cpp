@@ -5,22 +5,18 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <cmath>
 #include <functional>
-#include <limits>
 #include <memory>
 #include <mutex>
-#include <tuple>
 #include <vector>
 
+#include "../binding/select.h"
 #include "../kernels/select_cpu.h"
 #include "isa.h"
 #include "scalars.h"
 
 namespace partune {
 namespace {
-
-using Csr = std::tuple<Tensor, Tensor>;
 
 // ---- where scores come from: panel(first, last, workspace) gives rows [first, last) ----
 
@@ -98,12 +94,7 @@ class Selector {
   }
 
   Csr above(double threshold, const Tensor& like) {
-    // The last score that doesn't pass: comparing with it is comparing with the float64 threshold.
-    Score last = Score(threshold);
-    const Score infinity = std::numeric_limits<Score>::infinity();
-    if (largest_ && double(last) > threshold) last = std::nextafter(last, -infinity);
-    if (!largest_ && double(last) < threshold) last = std::nextafter(last, infinity);
-    const Key key = score_key(last, largest_);
+    const Key key = score_key(last_excluded<Score>(threshold, largest_), largest_);
     collect({key, key});
     return emit(key, 0, like);
   }
@@ -217,16 +208,10 @@ class Selector {
   std::vector<std::vector<Key>> keys_;   // [panels], in row order
 };
 
-void check_matrix(const char* op, const char* name, const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.is_cpu(), op, ": ", name, " must be on the CPU");
-  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.is_contiguous(), op, ": ", name,
-                  " must be a contiguous matrix");
-  STD_TORCH_CHECK(tensor.size(1) <= INT32_MAX, op, ": ", name, " has more columns than int32 can count");
-}
-
 // select(selector) with the selector of the scores' dtype.
 template <typename Select>
 Csr with_selector(const char* op, const Tensor& scores, bool largest, const Select& select) {
+  STD_TORCH_CHECK(scores.is_cpu(), op, ": scores must be on the CPU");
   check_matrix(op, "scores", scores);
   const SelectCpu& cpu = PARTUNE_CPU_TABLE(select_cpu);
   const int64_t rows = scores.size(0), columns = scores.size(1);
@@ -252,10 +237,6 @@ Csr with_selector(const char* op, const Tensor& scores, bool largest, const Sele
   }
 }
 
-void check_k(const char* op, int64_t k, int64_t rows, int64_t columns) {
-  STD_TORCH_CHECK(k >= 0 && k <= rows * columns, op, ": k must lie in [0, ", rows * columns, "], got ", k);
-}
-
 Csr topk_csr(Tensor scores, int64_t k, bool largest) {
   const char* op = "topk_csr";
   return with_selector(op, scores, largest, [&](auto selector) {
@@ -265,9 +246,9 @@ Csr topk_csr(Tensor scores, int64_t k, bool largest) {
 }
 
 Csr threshold_csr(Tensor scores, double threshold, bool largest) {
-  STD_TORCH_CHECK(threshold == threshold, "threshold_csr: threshold must be a number, got NaN");
-  return with_selector("threshold_csr", scores, largest,
-                       [&](auto selector) { return selector.above(threshold, scores); });
+  const char* op = "threshold_csr";
+  check_threshold(op, threshold);
+  return with_selector(op, scores, largest, [&](auto selector) { return selector.above(threshold, scores); });
 }
 
 template <typename Real>
@@ -280,13 +261,8 @@ Csr topk_of_factors(const Tensor& left, const Tensor& right, int64_t k, const Se
 
 Csr topk_csr_factors(Tensor left, Tensor right, int64_t k) {
   const char* op = "topk_csr_factors";
-  check_matrix(op, "left", left);
-  check_matrix(op, "right", right);
-  check_dtype(op, "left", left, {ScalarType::Float, ScalarType::Double});
-  check_dtype(op, "right", right, {left.scalar_type()});
-  STD_TORCH_CHECK(left.size(1) == right.size(0), op, ": left has ", left.size(1), " columns, right ",
-                  right.size(0), " rows");
-  check_k(op, k, left.size(0), right.size(1));
+  STD_TORCH_CHECK(left.is_cpu(), op, ": left must be on the CPU");
+  check_factors(op, left, right, k);
   const SelectCpu& cpu = PARTUNE_CPU_TABLE(select_cpu);
   return left.scalar_type() == ScalarType::Double ? topk_of_factors<double>(left, right, k, cpu.float64)
                                                   : topk_of_factors<float>(left, right, k, cpu.float32);
@@ -294,7 +270,7 @@ Csr topk_csr_factors(Tensor left, Tensor right, int64_t k) {
 
 Tensor random_scores(int64_t rows, int64_t columns, Tensor seed, Tensor step, int64_t parameter_id) {
   const char* op = "random_scores";
-  STD_TORCH_CHECK(rows >= 0 && columns >= 0, op, ": rows and columns must not be negative");
+  check_random(op, rows, columns);
   const uint64_t key = uint64_t(integer_value(op, "seed", seed));
   const uint32_t draw = uint32_t(integer_value(op, "step", step));
   Tensor scores = torch::stable::empty({rows, columns}, ScalarType::Float, std::nullopt, seed.device());

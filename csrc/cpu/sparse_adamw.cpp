@@ -59,16 +59,10 @@ void sparse_adamw_(TensorList self, TensorList grads, TensorList crow_indices, T
 
 void found_inf_(Tensor found_inf, TensorList grads, TensorList crow_indices, TensorList col_indices) {
   const char* op = "found_inf_";
-  check_lengths(op, grads.size(), {crow_indices.size(), col_indices.size()});
   check_dtype(op, "found_inf", found_inf, {ScalarType::Float});
   STD_TORCH_CHECK(found_inf.is_cpu() && found_inf.numel() == 1, op, ": found_inf must be one float32");
-  std::vector<SparseAdamWMatrix> matrices;
-  for (size_t i = 0; i < grads.size(); ++i) {
-    STD_TORCH_CHECK(grads[i].is_cpu(), op, ": grads must be on the CPU");
-    check_dtype(op, "grads", grads[i],
-                {ScalarType::Double, ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
-    matrices.push_back(pack_gradient(op, grads[i], grads[i], crow_indices[i], col_indices[i]));
-  }
+  for (const Tensor& one : grads) STD_TORCH_CHECK(one.is_cpu(), op, ": grads must be on the CPU");
+  const std::vector<SparseAdamWMatrix> matrices = pack_gradients(op, grads, crow_indices, col_indices);
   const SparseAdamWCpu& cpu = PARTUNE_CPU_TABLE(sparse_adamw_cpu);
   std::atomic<bool> found{false};
   for_entries(matrices, [&](size_t i, int64_t begin, int64_t end) {
@@ -110,39 +104,29 @@ int64_t count_common(const int32_t* a, int64_t a_count, const int32_t* b, int64_
 Tensor remap_(TensorList new_values, TensorList old_values, Tensor old_crow_indices, Tensor old_col_indices,
               Tensor new_crow_indices, Tensor new_col_indices) {
   const char* op = "remap_";
-  check_lengths(op, new_values.size(), {old_values.size()});
-  const int64_t old_nnz = old_col_indices.numel(), new_nnz = new_col_indices.numel();
-  const int64_t rows = new_crow_indices.numel() - 1;
-  STD_TORCH_CHECK(rows >= 0 && new_crow_indices.is_cpu(), op, ": new_crow_indices must not be empty");
-  check_vector(op, "old_crow_indices", old_crow_indices, new_crow_indices, {ScalarType::Long}, rows + 1);
-  check_vector(op, "new_crow_indices", new_crow_indices, new_crow_indices, {ScalarType::Long}, rows + 1);
-  check_vector(op, "old_col_indices", old_col_indices, new_crow_indices, {ScalarType::Int}, old_nnz);
-  check_vector(op, "new_col_indices", new_col_indices, new_crow_indices, {ScalarType::Int}, new_nnz);
-  for (size_t i = 0; i < new_values.size(); ++i) {
-    const auto dtypes = {ScalarType::Double, ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
-    check_vector(op, "new_values", new_values[i], new_crow_indices, dtypes, new_nnz);
-    check_vector(op, "old_values", old_values[i], new_crow_indices, {new_values[i].scalar_type()}, old_nnz);
-  }
-  const int64_t* old_crow = old_crow_indices.const_data_ptr<int64_t>();
-  const int64_t* new_crow = new_crow_indices.const_data_ptr<int64_t>();
-  const int32_t* old_col = old_col_indices.const_data_ptr<int32_t>();
-  const int32_t* new_col = new_col_indices.const_data_ptr<int32_t>();
+  STD_TORCH_CHECK(new_crow_indices.is_cpu(), op, ": new_crow_indices must be on the CPU");
+  const RemapArguments arguments = pack_remap(op, new_values, old_values, old_crow_indices, old_col_indices,
+                                              new_crow_indices, new_col_indices);
+  const CsrPair& csrs = arguments.csrs;
   std::atomic<int64_t> common{0};
-  const int64_t grain = std::max<int64_t>(1, kGrain * rows / std::max<int64_t>(1, new_nnz));
-  torch::stable::parallel_for(0, rows, grain, [&](int64_t first, int64_t last) {
+  const int64_t grain = std::max<int64_t>(1, kGrain * csrs.rows / std::max<int64_t>(1, csrs.new_nnz));
+  torch::stable::parallel_for(0, csrs.rows, grain, [&](int64_t first, int64_t last) {
     int64_t here = 0;
     for (int64_t row = first; row < last; ++row) {
-      const int64_t o = old_crow[row], n = new_crow[row];
-      const int64_t old_count = old_crow[row + 1] - o, new_count = new_crow[row + 1] - n;
-      here += count_common(old_col + o, old_count, new_col + n, new_count);
-      for (size_t i = 0; i < new_values.size(); ++i) {
+      const int64_t o = csrs.old_crow_indices[row], n = csrs.new_crow_indices[row];
+      const int64_t old_count = csrs.old_crow_indices[row + 1] - o;
+      const int64_t new_count = csrs.new_crow_indices[row + 1] - n;
+      const int32_t* old_columns = csrs.old_col_indices + o;
+      const int32_t* new_columns = csrs.new_col_indices + n;
+      here += count_common(old_columns, old_count, new_columns, new_count);
+      for (const RemapValues& values : arguments.values) {
         const auto carry = [&](auto word) {
           using Word = decltype(word);
-          carry_row(old_col + o, old_count, new_col + n, new_count,
-                    static_cast<const Word*>(old_values[i].const_data_ptr()) + o,
-                    static_cast<Word*>(new_values[i].mutable_data_ptr()) + n);
+          carry_row(old_columns, old_count, new_columns, new_count,
+                    static_cast<const Word*>(values.old_values) + o,
+                    static_cast<Word*>(values.new_values) + n);
         };
-        switch (new_values[i].element_size()) {
+        switch (values.bytes) {
           case 8:
             carry(uint64_t());
             break;

@@ -2,6 +2,7 @@
 #pragma once
 #include <torch/csrc/stable/library.h>
 
+#include "../binding/select.h"
 #include "../binding/sparse_adamw.h"
 
 namespace partune {
@@ -12,10 +13,23 @@ void sparse_adamw_cuda_(TensorList self, TensorList grads, TensorList crow_indic
                         double beta2, double weight_decay, double eps, std::string eps_mode, bool maximize,
                         std::string rounding, std::optional<Tensor> seed, std::optional<Tensor> offset,
                         std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf);
+void found_inf_cuda_(Tensor found_inf, TensorList grads, TensorList crow_indices, TensorList col_indices);
+Tensor remap_cuda_(TensorList new_values, TensorList old_values, Tensor old_crow_indices,
+                   Tensor old_col_indices, Tensor new_crow_indices, Tensor new_col_indices);
+Csr topk_csr_cuda(Tensor scores, int64_t k, bool largest);
+Csr threshold_csr_cuda(Tensor scores, double threshold, bool largest);
+Csr topk_csr_factors_cuda(Tensor left, Tensor right, int64_t k);
+Tensor random_scores_cuda(int64_t rows, int64_t columns, Tensor seed, Tensor step, int64_t parameter_id);
 
 // Adds every CUDA kernel to a library.
 inline void implement_cuda_ops(torch::stable::detail::StableLibrary& library) {
   library.impl("sparse_adamw_", TORCH_BOX(&sparse_adamw_cuda_));
+  library.impl("found_inf_", TORCH_BOX(&found_inf_cuda_));
+  library.impl("remap_", TORCH_BOX(&remap_cuda_));
+  library.impl("topk_csr", TORCH_BOX(&topk_csr_cuda));
+  library.impl("threshold_csr", TORCH_BOX(&threshold_csr_cuda));
+  library.impl("topk_csr_factors", TORCH_BOX(&topk_csr_factors_cuda));
+  library.impl("random_scores", TORCH_BOX(&random_scores_cuda));
 }
 
 }  // namespace partune

@@ -35,8 +35,10 @@ bool has_cuda_binary(int major, int minor) {
     const int number = int(std::strtol(arch.c_str(), &rest, 10));
     const std::string kind = rest;
     const bool same_major = number / 10 == major;
-    if (kind[0] == 'a' || kind[0] == 'f') {
+    if (kind[0] == 'a') {
       if (same_major && number % 10 == minor) return true;
+    } else if (kind[0] == 'f') {
+      if (same_major && number % 10 <= minor) return true;
     } else if (same_major ? number % 10 <= minor : (kind.empty() && number < major * 10)) {
       return true;
     }
@@ -55,7 +57,12 @@ cudaStream_t current_stream(int device) {
 }
 
 void check_launch(const char* op, cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string(op) + ": " + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  std::string message = std::string(op) + ": " + cudaGetErrorString(error);
+  if (error == cudaErrorNoKernelImageForDevice) {
+    message += "; this build has no binary for this GPU, and `partune info` tells what to build";
+  }
+  throw std::runtime_error(message);
 }
 
 DeviceScope::DeviceScope(int device) {

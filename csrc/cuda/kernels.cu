@@ -1,13 +1,68 @@
-// Every CUDA kernel, in one translation unit free of torch: nvcc's cost is in headers and
+// Every CUDA kernel but float64's, in one translation unit free of torch: nvcc's cost is in headers and
 // architectures, not in kernels.
 #include "launchers.h"
+#include "select.cuh"
 #include "sparse_adamw.cuh"
 
 namespace partune {
 
-cudaError_t launch_sparse_adamw(SparseAdamWTypes types, const SparseAdamWDeviceStep& step,
+cudaError_t launch_sparse_adamw(SparseAdamWTypes types, const SparseAdamWDeviceStep<float>& step,
                                 const SparseAdamWMatrix* matrices, int count, cudaStream_t stream) {
-  return launch_sparse_adamw_types(types, step, matrices, count, stream);
+  switch (types) {
+    case kFloat32:
+      return launch_step<float, float, float>(step, matrices, count, stream);
+    case kFloat32StateBFloat16:
+      return launch_step<float, float, BFloat16>(step, matrices, count, stream);
+    case kBFloat16:
+      return launch_step<BFloat16, BFloat16, float>(step, matrices, count, stream);
+    case kBFloat16StateBFloat16:
+      return launch_step<BFloat16, BFloat16, BFloat16>(step, matrices, count, stream);
+    case kBFloat16GradFloat32:
+      return launch_step<BFloat16, float, float>(step, matrices, count, stream);
+    case kBFloat16GradFloat32StateBFloat16:
+      return launch_step<BFloat16, float, BFloat16>(step, matrices, count, stream);
+    case kHalf:
+      return launch_step<Half, Half, float>(step, matrices, count, stream);
+    case kHalfStateBFloat16:
+      return launch_step<Half, Half, BFloat16>(step, matrices, count, stream);
+    case kHalfGradFloat32:
+      return launch_step<Half, float, float>(step, matrices, count, stream);
+    case kHalfGradFloat32StateBFloat16:
+      return launch_step<Half, float, BFloat16>(step, matrices, count, stream);
+    case kFloat64:
+    case kSparseAdamWTypesCount:
+      break;
+  }
+  return cudaErrorNotSupported;
+}
+
+cudaError_t launch_found_inf(int bytes, uint64_t exponent, const SparseAdamWMatrix* matrices, int count,
+                             float* found_inf, cudaStream_t stream) {
+  switch (bytes) {
+    case 8:
+      return launch_found_inf_words<uint64_t>(exponent, matrices, count, found_inf, stream);
+    case 4:
+      return launch_found_inf_words<uint32_t>(uint32_t(exponent), matrices, count, found_inf, stream);
+    default:
+      return launch_found_inf_words<uint16_t>(uint16_t(exponent), matrices, count, found_inf, stream);
+  }
+}
+
+cudaError_t launch_remap(const CsrPair& csrs, const RemapValues* values, int count, int64_t* kept,
+                         cudaStream_t stream) {
+  return launch_remap_values<kSparseAdamWBlock>(csrs, values, count, kept, stream);
+}
+
+int64_t select_workspace_bytes(int64_t rows, int64_t columns) { return select_workspace_size(rows, columns); }
+
+const SelectLaunchers select_float32 = Select<StoredScores<float, float>>::launchers();
+const SelectLaunchers select_bfloat16 = Select<StoredScores<BFloat16, float>>::launchers();
+const SelectLaunchers select_half = Select<StoredScores<Half, float>>::launchers();
+const SelectLaunchers select_factors_float32 = Select<FactorScores<float>>::launchers();
+
+cudaError_t launch_random_scores(float* scores, int64_t count, const int64_t* seed, const int64_t* step,
+                                 uint32_t parameter_id, cudaStream_t stream) {
+  return launch_random<kRandomBlock>(scores, count, seed, step, parameter_id, stream);
 }
 
 }  // namespace partune

@@ -1,4 +1,5 @@
-// What the CUDA bindings call: every launcher of csrc/cuda/*.cuh, in plain C++.
+// What the CUDA bindings call: every launcher of csrc/cuda/*.cuh, in plain C++. No launcher waits for
+// the device.
 #pragma once
 #include <cuda_runtime_api.h>
 
@@ -6,8 +7,52 @@
 
 namespace partune {
 
-// Steps a list of non-empty matrices that share their dtypes, in as few launches as parameters allow.
-cudaError_t launch_sparse_adamw(SparseAdamWTypes types, const SparseAdamWDeviceStep& step,
+// ---- family sparse_adamw ----
+
+// Each takes a list of non-empty matrices of one combination of dtypes, in as few launches as
+// parameters allow.
+cudaError_t launch_sparse_adamw(SparseAdamWTypes types, const SparseAdamWDeviceStep<float>& step,
                                 const SparseAdamWMatrix* matrices, int count, cudaStream_t stream);
+cudaError_t launch_sparse_adamw_float64(const SparseAdamWDeviceStep<double>& step,
+                                        const SparseAdamWMatrix* matrices, int count, cudaStream_t stream);
+
+// Sets *found_inf to 1 if one of the gradients is not finite. `exponent` has the bits of their dtype's
+// exponent, in an element of `bytes`.
+cudaError_t launch_found_inf(int bytes, uint64_t exponent, const SparseAdamWMatrix* matrices, int count,
+                             float* found_inf, cudaStream_t stream);
+
+// Carries the values of the entries that both CSRs have; adds their number to *kept.
+cudaError_t launch_remap(const CsrPair& csrs, const RemapValues* values, int count, int64_t* kept,
+                         cudaStream_t stream);
+
+// ---- family select ----
+
+struct SelectTask {
+  const void* scores;  // [rows, columns], or left [rows, rank]
+  const void* right;   // [rank, columns], for factors
+  int64_t rows, columns, rank;
+  bool largest;
+  bool threshold_given;  // then entries with a key above `threshold` are selected, and find isn't called
+  uint64_t threshold;
+  void* workspace;  // select_workspace_bytes of zeros, 16-byte aligned
+  int64_t* crow_indices;
+  int32_t* col_indices;
+};
+
+int64_t select_workspace_bytes(int64_t rows, int64_t columns);
+
+// The parts of a selection, in this order: the key of the k-th best score; the rows' sizes, and so
+// crow_indices; col_indices.
+struct SelectLaunchers {
+  cudaError_t (*find)(const SelectTask& task, int64_t k, cudaStream_t stream);
+  cudaError_t (*count)(const SelectTask& task, cudaStream_t stream);
+  cudaError_t (*emit)(const SelectTask& task, cudaStream_t stream);
+};
+extern const SelectLaunchers select_float64, select_float32, select_bfloat16, select_half;
+extern const SelectLaunchers select_factors_float64, select_factors_float32;
+
+// scores[i] is a uniform number of element i, for i < count.
+cudaError_t launch_random_scores(float* scores, int64_t count, const int64_t* seed, const int64_t* step,
+                                 uint32_t parameter_id, cudaStream_t stream);
 
 }  // namespace partune

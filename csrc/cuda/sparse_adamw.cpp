@@ -1,7 +1,8 @@
 // Family sparse_adamw on CUDA: checks, packing, launch. Nothing is read back from the device.
 #include "../binding/sparse_adamw.h"
 
-#include <algorithm>
+#include <torch/csrc/stable/ops.h>
+
 #include <string>
 
 #include "bindings.h"
@@ -26,15 +27,47 @@ const int64_t* device_integer(const char* op, const char* name, const std::optio
 }
 
 // A learning rate on the CPU travels by value; one on the device is read there.
-void set_lr(const char* op, const Tensor& lr, const Tensor& like, SparseAdamWDeviceStep& step) {
+template <typename Real>
+void set_lr(const char* op, const Tensor& lr, const Tensor& like, SparseAdamWDeviceStep<Real>& step) {
   if (is_on_device(lr)) {
     step.lr = device_float(op, "lr", lr, like);
   } else if (lr.scalar_type() == ScalarType::Double) {
     check_scalar(op, "lr", lr, lr, {ScalarType::Double});
-    step.lr_value = float(*lr.const_data_ptr<double>());
+    step.lr_value = Real(*lr.const_data_ptr<double>());
   } else {
     check_scalar(op, "lr", lr, lr, {ScalarType::Float});
-    step.lr_value = *lr.const_data_ptr<float>();
+    step.lr_value = Real(*lr.const_data_ptr<float>());
+  }
+}
+
+// The matrices whose entry in `kinds` is `kind`, those without entries left out.
+template <typename Kind>
+std::vector<SparseAdamWMatrix> matrices_of(const std::vector<SparseAdamWMatrix>& matrices,
+                                           const std::vector<Kind>& kinds, Kind kind) {
+  std::vector<SparseAdamWMatrix> chosen;
+  for (size_t i = 0; i < matrices.size(); ++i) {
+    if (kinds[i] == kind && matrices[i].nnz > 0) chosen.push_back(matrices[i]);
+  }
+  return chosen;
+}
+
+void check_one_device(const char* op, const TensorList& tensors) {
+  for (const Tensor& tensor : tensors) {
+    STD_TORCH_CHECK(tensor.device() == tensors[0].device(), op, ": all parameters must be on one device");
+  }
+}
+
+// All bits of a dtype's exponent: a number that has them is infinite or NaN.
+uint64_t exponent_bits(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double:
+      return 0x7ff0000000000000u;
+    case ScalarType::Float:
+      return 0x7f800000u;
+    case ScalarType::BFloat16:
+      return 0x7f80u;
+    default:
+      return 0x7c00u;
   }
 }
 
@@ -50,30 +83,69 @@ void sparse_adamw_cuda_(TensorList self, TensorList grads, TensorList crow_indic
   if (self.empty()) return;
   const SparseAdamWArguments arguments{self,        grads,   crow_indices, col_indices,  exp_avgs,
                                        exp_avg_sqs, masters, state_steps,  parameter_ids};
-  SparseAdamWDeviceStep step{};
-  step.hyperparameters =
-      hyperparameters_of<float>(op, beta1, beta2, weight_decay, eps, eps_mode, maximize, rounding);
-  set_lr(op, lr, self[0], step);
-  step.seed = device_integer(op, "seed", seed, self[0]);
-  step.offset = device_integer(op, "offset", offset, self[0]);
-  step.grad_scale = device_float(op, "grad_scale", grad_scale, self[0]);
-  step.found_inf = device_float(op, "found_inf", found_inf, self[0]);
+  check_one_device(op, self);
+  const auto step_of = [&](auto real) {
+    using Real = decltype(real);
+    SparseAdamWDeviceStep<Real> step{};
+    step.hyperparameters =
+        hyperparameters_of<Real>(op, beta1, beta2, weight_decay, eps, eps_mode, maximize, rounding);
+    set_lr(op, lr, self[0], step);
+    step.seed = device_integer(op, "seed", seed, self[0]);
+    step.offset = device_integer(op, "offset", offset, self[0]);
+    step.grad_scale = device_float(op, "grad_scale", grad_scale, self[0]);
+    step.found_inf = device_float(op, "found_inf", found_inf, self[0]);
+    return step;
+  };
+  const SparseAdamWDeviceStep<float> step = step_of(float());
   const SparseAdamWList list = pack_list(op, arguments, step.hyperparameters.stochastic);
   STD_TORCH_CHECK(seed || !list.draws, op, ": stochastic rounding needs a seed");
 
   const DeviceScope scope(self[0].get_device_index());
   const cudaStream_t stream = current_stream(self[0].get_device_index());
   for (int types = 0; types < kSparseAdamWTypesCount; ++types) {
-    std::vector<SparseAdamWMatrix> matrices;
-    for (size_t i = 0; i < list.matrices.size(); ++i) {
-      STD_TORCH_CHECK(self[i].device() == self[0].device(), op, ": all parameters must be on one device");
-      if (list.types[i] == types && list.matrices[i].nnz > 0) matrices.push_back(list.matrices[i]);
+    const std::vector<SparseAdamWMatrix> matrices =
+        matrices_of(list.matrices, list.types, SparseAdamWTypes(types));
+    if (types == kFloat64) {
+      check_launch(
+          op, launch_sparse_adamw_float64(step_of(double()), matrices.data(), int(matrices.size()), stream));
+    } else {
+      check_launch(op, launch_sparse_adamw(SparseAdamWTypes(types), step, matrices.data(),
+                                           int(matrices.size()), stream));
     }
-    if (matrices.empty()) continue;
-    STD_TORCH_CHECK(types != kFloat64, op, ": float64 parameters are stepped on the CPU only");
-    check_launch(op, launch_sparse_adamw(SparseAdamWTypes(types), step, matrices.data(), int(matrices.size()),
-                                         stream));
   }
+}
+
+void found_inf_cuda_(Tensor found_inf, TensorList grads, TensorList crow_indices, TensorList col_indices) {
+  const char* op = "found_inf_";
+  const std::vector<SparseAdamWMatrix> gradients = pack_gradients(op, grads, crow_indices, col_indices);
+  if (grads.empty()) return;
+  check_one_device(op, grads);
+  check_scalar(op, "found_inf", found_inf, grads[0], {ScalarType::Float});
+  std::vector<ScalarType> dtypes;
+  for (const Tensor& grad : grads) dtypes.push_back(grad.scalar_type());
+  const DeviceScope scope(found_inf.get_device_index());
+  const cudaStream_t stream = current_stream(found_inf.get_device_index());
+  for (ScalarType dtype : {ScalarType::Double, ScalarType::Float, ScalarType::BFloat16, ScalarType::Half}) {
+    const std::vector<SparseAdamWMatrix> matrices = matrices_of(gradients, dtypes, dtype);
+    if (matrices.empty()) continue;
+    const int bytes = dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+    check_launch(op, launch_found_inf(bytes, exponent_bits(dtype), matrices.data(), int(matrices.size()),
+                                      found_inf.mutable_data_ptr<float>(), stream));
+  }
+}
+
+Tensor remap_cuda_(TensorList new_values, TensorList old_values, Tensor old_crow_indices,
+                   Tensor old_col_indices, Tensor new_crow_indices, Tensor new_col_indices) {
+  const char* op = "remap_";
+  const RemapArguments arguments = pack_remap(op, new_values, old_values, old_crow_indices, old_col_indices,
+                                              new_crow_indices, new_col_indices);
+  const DeviceScope scope(new_crow_indices.get_device_index());
+  Tensor kept = torch::stable::empty({}, ScalarType::Long, std::nullopt, new_crow_indices.device());
+  torch::stable::zero_(kept);
+  check_launch(op, launch_remap(arguments.csrs, arguments.values.data(), int(arguments.values.size()),
+                                kept.mutable_data_ptr<int64_t>(),
+                                current_stream(new_crow_indices.get_device_index())));
+  return kept;
 }
 
 }  // namespace partune

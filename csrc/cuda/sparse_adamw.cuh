@@ -1,62 +1,70 @@
-// Launcher of family sparse_adamw: grid arithmetic, raw pointers and a stream.
+// Launchers of family sparse_adamw: grid arithmetic, raw pointers and a stream.
 #pragma once
 #include "../kernels/sparse_adamw.cuh"
 
 namespace partune {
 
-template <typename Weight, typename Grad, typename State>
-cudaError_t launch_sparse_adamw(const SparseAdamWDeviceStep& step, const SparseAdamWMatrix* matrices,
-                                int count, cudaStream_t stream) {
-  SparseAdamWLaunch launch;
+// Moves as many matrices as fit one launch into a batch, from matrices[done] on. Returns its blocks, or
+// 0 where a matrix alone has more than a grid can.
+inline unsigned fill_batch(const SparseAdamWMatrix* matrices, int count, int& done, SparseAdamWBatch& batch) {
+  batch.count = 0;
+  int64_t blocks = 0;
+  for (; done < count && batch.count < kSparseAdamWMatrices; ++done) {
+    const int64_t wanted = (matrices[done].nnz + kSparseAdamWTile - 1) / kSparseAdamWTile;
+    if (blocks + wanted > INT32_MAX) break;
+    batch.first_block[batch.count] = int(blocks);
+    batch.matrices[batch.count++] = matrices[done];
+    blocks += wanted;
+  }
+  batch.first_block[batch.count] = int(blocks);
+  return unsigned(blocks);
+}
+
+template <typename Weight, typename Grad, typename State, typename Real>
+cudaError_t launch_step(const SparseAdamWDeviceStep<Real>& step, const SparseAdamWMatrix* matrices, int count,
+                        cudaStream_t stream) {
+  SparseAdamWLaunch<Real> launch;
   launch.step = step;
   for (int done = 0; done < count;) {
-    launch.count = 0;
-    int64_t blocks = 0;
-    for (; done < count && launch.count < kSparseAdamWMatrices; ++done) {
-      const int64_t wanted = (matrices[done].nnz + kSparseAdamWTile - 1) / kSparseAdamWTile;
-      if (blocks + wanted > INT32_MAX) break;
-      launch.first_block[launch.count] = int(blocks);
-      launch.matrices[launch.count++] = matrices[done];
-      blocks += wanted;
-    }
-    if (launch.count == 0) return cudaErrorInvalidConfiguration;
-    launch.first_block[launch.count] = int(blocks);
-    const cudaError_t error = LAUNCH((sparse_adamw_kernel<Weight, Grad, State, kSparseAdamWBlock>),
-                                     dim3(unsigned(blocks)), dim3(kSparseAdamWBlock), 0, stream, launch);
+    const unsigned blocks = fill_batch(matrices, count, done, launch.batch);
+    if (blocks == 0) return cudaErrorInvalidConfiguration;
+    const cudaError_t error = LAUNCH((sparse_adamw_kernel<Weight, Grad, State, Real, kSparseAdamWBlock>),
+                                     dim3(blocks), dim3(kSparseAdamWBlock), 0, stream, launch);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
 }
 
-inline cudaError_t launch_sparse_adamw_types(SparseAdamWTypes types, const SparseAdamWDeviceStep& step,
-                                             const SparseAdamWMatrix* matrices, int count,
-                                             cudaStream_t stream) {
-  switch (types) {
-    case kFloat32:
-      return launch_sparse_adamw<float, float, float>(step, matrices, count, stream);
-    case kFloat32StateBFloat16:
-      return launch_sparse_adamw<float, float, BFloat16>(step, matrices, count, stream);
-    case kBFloat16:
-      return launch_sparse_adamw<BFloat16, BFloat16, float>(step, matrices, count, stream);
-    case kBFloat16StateBFloat16:
-      return launch_sparse_adamw<BFloat16, BFloat16, BFloat16>(step, matrices, count, stream);
-    case kBFloat16GradFloat32:
-      return launch_sparse_adamw<BFloat16, float, float>(step, matrices, count, stream);
-    case kBFloat16GradFloat32StateBFloat16:
-      return launch_sparse_adamw<BFloat16, float, BFloat16>(step, matrices, count, stream);
-    case kHalf:
-      return launch_sparse_adamw<Half, Half, float>(step, matrices, count, stream);
-    case kHalfStateBFloat16:
-      return launch_sparse_adamw<Half, Half, BFloat16>(step, matrices, count, stream);
-    case kHalfGradFloat32:
-      return launch_sparse_adamw<Half, float, float>(step, matrices, count, stream);
-    case kHalfGradFloat32StateBFloat16:
-      return launch_sparse_adamw<Half, float, BFloat16>(step, matrices, count, stream);
-    case kFloat64:
-    case kSparseAdamWTypesCount:
-      break;
+template <typename Word>
+cudaError_t launch_found_inf_words(Word exponent, const SparseAdamWMatrix* matrices, int count,
+                                   float* found_inf, cudaStream_t stream) {
+  SparseAdamWBatch batch;
+  for (int done = 0; done < count;) {
+    const unsigned blocks = fill_batch(matrices, count, done, batch);
+    if (blocks == 0) return cudaErrorInvalidConfiguration;
+    const cudaError_t error = LAUNCH((found_inf_kernel<Word, kSparseAdamWBlock>), dim3(blocks),
+                                     dim3(kSparseAdamWBlock), 0, stream, batch, exponent, found_inf);
+    if (error != cudaSuccess) return error;
   }
-  return cudaErrorNotSupported;
+  return cudaSuccess;
+}
+
+template <int kBlock>
+cudaError_t launch_remap_values(const CsrPair& csrs, const RemapValues* values, int count, int64_t* kept,
+                                cudaStream_t stream) {
+  const int64_t blocks = (csrs.new_nnz + 4 * kBlock - 1) / (4 * kBlock);
+  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  RemapLaunch launch;
+  launch.csrs = csrs;
+  launch.kept = reinterpret_cast<unsigned long long*>(kept);
+  for (int done = 0; blocks > 0 && (done < count || launch.kept); launch.kept = nullptr) {
+    launch.count = 0;
+    while (done < count && launch.count < kRemapValues) launch.values[launch.count++] = values[done++];
+    const cudaError_t error =
+        LAUNCH((remap_kernel<kBlock>), dim3(unsigned(blocks)), dim3(kBlock), 0, stream, launch);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
 }
 
 }  // namespace partune

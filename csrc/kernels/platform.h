@@ -8,9 +8,11 @@
 
 #ifdef __CUDACC__
 #define PARTUNE_FN static __device__ __forceinline__
+#define PARTUNE_MEMBER __device__ __forceinline__
 #define PARTUNE_UNROLL _Pragma("unroll")
 #else
 #define PARTUNE_FN static inline __attribute__((always_inline))
+#define PARTUNE_MEMBER inline __attribute__((always_inline))
 #define PARTUNE_UNROLL _Pragma("GCC unroll 16")
 #endif
 
@@ -33,6 +35,16 @@ PARTUNE_FN uint32_t float_bits(float x) {
 #endif
 }
 
+PARTUNE_FN uint64_t double_bits(double x) {
+#ifdef __CUDACC__
+  return uint64_t(__double_as_longlong(x));
+#else
+  uint64_t bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  return bits;
+#endif
+}
+
 PARTUNE_FN float float_from_bits(uint32_t bits) {
 #ifdef __CUDACC__
   return __uint_as_float(bits);
@@ -49,6 +61,10 @@ PARTUNE_FN float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b
 PARTUNE_FN float multiply(float a, float b) { return __fmul_rn(a, b); }
 PARTUNE_FN float divide(float a, float b) { return __fdiv_rn(a, b); }
 PARTUNE_FN float square_root(float x) { return __fsqrt_rn(x); }
+PARTUNE_FN double multiply_add(double a, double b, double c) { return __fma_rn(a, b, c); }
+PARTUNE_FN double multiply(double a, double b) { return __dmul_rn(a, b); }
+PARTUNE_FN double divide(double a, double b) { return __ddiv_rn(a, b); }
+PARTUNE_FN double square_root(double x) { return __dsqrt_rn(x); }
 #else
 #if defined(__FMA__) || defined(__aarch64__)
 PARTUNE_FN float multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }

@@ -17,16 +17,24 @@ PARTUNE_FN uint32_t score_key(float score, bool largest) {
   return magnitude > 0x7f800000u ? 0 : largest ? ordered : ~ordered;
 }
 
-#ifndef __CUDACC__
 PARTUNE_FN uint64_t score_key(double score, bool largest) {
-  uint64_t bits;
-  __builtin_memcpy(&bits, &score, sizeof bits);
+  const uint64_t bits = double_bits(score);
   const uint64_t sign = uint64_t(1) << 63;
   const uint64_t magnitude = bits & ~sign;
   const uint64_t number = magnitude == 0 ? 0 : bits;
   const uint64_t ordered = number >> 63 ? ~number : number | sign;
   return magnitude > 0x7ff0000000000000u ? 0 : largest ? ordered : ~ordered;
 }
-#endif
+
+template <typename Real>
+struct KeyOf;
+template <>
+struct KeyOf<float> {
+  using Type = uint32_t;
+};
+template <>
+struct KeyOf<double> {
+  using Type = uint64_t;
+};
 
 }  // namespace partune

@@ -4,17 +4,6 @@
 
 namespace partune {
 
-template <typename Real>
-struct KeyOf;
-template <>
-struct KeyOf<float> {
-  using Type = uint32_t;
-};
-template <>
-struct KeyOf<double> {
-  using Type = uint64_t;
-};
-
 // Keys in [first, last].
 template <typename Key>
 struct KeyRange {

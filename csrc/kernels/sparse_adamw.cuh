@@ -1,7 +1,8 @@
-// Family sparse_adamw on CUDA: one launch steps a list of matrices, which travels by value in the
-// launch's parameters. A block takes a tile of consecutive entries of one matrix; a thread takes four.
+// Family sparse_adamw on CUDA: one launch takes a list of matrices, which travels by value in its
+// parameters. A block has a tile of consecutive entries of one matrix; a thread has four.
 //
-// Bytes moved: as sparse_adamw.h counts them, scattered accesses in 32-byte sectors.
+// Bytes moved, step: as sparse_adamw.h counts them, scattered accesses in 32-byte sectors; found_inf:
+// index and gradient alone; remap: 4 per index of both CSRs, and each carried value in and out.
 #pragma once
 #include "kit.cuh"
 #include "sparse_adamw.h"
@@ -11,20 +12,28 @@ namespace partune {
 constexpr int kSparseAdamWBlock = 256;
 constexpr int kSparseAdamWTile = kSparseAdamWBlock * 4;
 constexpr int kSparseAdamWMatrices = 240;  // what 32 KB of launch parameters hold
+constexpr int kRemapValues = 16;
+constexpr size_t kLaunchParameterBytes = 32764;
 
-struct SparseAdamWLaunch {
-  SparseAdamWDeviceStep step;
+// The matrices of one launch; matrix i has blocks [first_block[i], first_block[i + 1]).
+struct SparseAdamWBatch {
   int count;
   int first_block[kSparseAdamWMatrices + 1];
   SparseAdamWMatrix matrices[kSparseAdamWMatrices];
 };
-static_assert(sizeof(SparseAdamWLaunch) <= 32764, "launch parameters must fit 32,764 bytes");
 
-PARTUNE_FN int matrix_of_block(const SparseAdamWLaunch& launch, int block) {
-  int first = 0, last = launch.count - 1;
+template <typename Real>
+struct SparseAdamWLaunch {
+  SparseAdamWDeviceStep<Real> step;
+  SparseAdamWBatch batch;
+};
+static_assert(sizeof(SparseAdamWLaunch<double>) <= kLaunchParameterBytes, "a launch must fit its parameters");
+
+PARTUNE_FN int matrix_of_block(const SparseAdamWBatch& batch, int block) {
+  int first = 0, last = batch.count - 1;
   while (first < last) {
     const int middle = first + (last - first + 1) / 2;
-    if (launch.first_block[middle] <= block) {
+    if (batch.first_block[middle] <= block) {
       first = middle;
     } else {
       last = middle - 1;
@@ -33,57 +42,85 @@ PARTUNE_FN int matrix_of_block(const SparseAdamWLaunch& launch, int block) {
   return first;
 }
 
-// Four consecutive entries in registers.
-struct Entries {
-  int64_t index[4];   // row·columns + column
-  int64_t weight[4];  // where the weight is in memory
-  float grad[4], value[4];
+// A block's tile of entries, and this thread's four of them.
+template <int kBlock>
+struct EntryTile {
+  int64_t begin, end;
+  int64_t position;
+  int count;
+
+  PARTUNE_MEMBER EntryTile(int block, int64_t nnz) {
+    begin = int64_t(block) * (4 * kBlock);
+    end = begin + 4 * kBlock < nnz ? begin + 4 * kBlock : nnz;
+    position = begin + 4 * int64_t(threadIdx.x);
+    count = int(end - position < 4 ? end - position : 4);
+  }
 };
 
-// Loads of one entry don't wait for those of another: a thread has eight scattered reads under way.
-template <typename Weight, typename Grad>
-PARTUNE_FN void gather_entries(const SparseAdamWMatrix& m, int64_t first_row, int64_t last_row,
-                               int64_t position, int count, bool has_master, Entries& entries) {
-  const Weight* weight = static_cast<const Weight*>(m.weight);
-  const Grad* grad = static_cast<const Grad*>(m.grad);
-  Pack4<int32_t> columns = {};
-  int64_t row = first_row;
-  if (m.crow_indices) {
-    columns = load_pack(m.col_indices + position, count, is_aligned(m.col_indices));
-    row = row_of(m.crow_indices, first_row, last_row, position);
-  }
-  PARTUNE_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    if (i < count) {
-      int64_t grad_offset = position + i;
-      entries.index[i] = entries.weight[i] = position + i;
-      if (m.crow_indices) {
-        while (m.crow_indices[row + 1] <= position + i) ++row;
-        entries.index[i] = row * m.columns + columns.at[i];
-        entries.weight[i] = row * m.weight_row_stride + columns.at[i] * m.weight_column_stride;
-        if (!m.grad_is_compact) grad_offset = row * m.grad_row_stride + columns.at[i] * m.grad_column_stride;
-      }
-      entries.grad[i] = widen(grad[grad_offset]);
-      if (!has_master) entries.value[i] = widen(weight[entries.weight[i]]);
-    }
+// Two threads find the first and the last row of a tile; a barrier must follow.
+template <int kBlock>
+PARTUNE_FN void find_tile_rows(const int64_t* crow_indices, int64_t rows, const EntryTile<kBlock>& tile,
+                               int64_t (&tile_rows)[2]) {
+  if (threadIdx.x < 2 && crow_indices) {
+    tile_rows[threadIdx.x] = row_of(crow_indices, 0, rows - 1, threadIdx.x == 0 ? tile.begin : tile.end - 1);
   }
 }
 
-template <typename Weight, typename Grad, typename State>
-PARTUNE_FN void step_entries(const SparseAdamWMatrix& m, const SparseAdamWDeviceStep& step,
-                             const AdamWCoefficients<float>& coefficients, int64_t first_row,
-                             int64_t last_row, int64_t position, int count) {
-  constexpr bool kRoundedWeight = sizeof(Weight) < sizeof(float);
-  constexpr bool kRoundedState = sizeof(State) < sizeof(float);
+// Where four consecutive entries are.
+struct EntryPlaces {
+  int64_t index[4];   // row·columns + column
+  int64_t weight[4];  // offset in memory
+  int64_t grad[4];
+};
+
+PARTUNE_FN EntryPlaces locate_entries(const SparseAdamWMatrix& m, const int64_t (&tile_rows)[2],
+                                      int64_t position, int count) {
+  Pack4<int32_t> columns = {};
+  int64_t row = 0;
+  if (m.crow_indices) {
+    columns = load_pack(m.col_indices + position, count, is_aligned(m.col_indices));
+    row = row_of(m.crow_indices, tile_rows[0], tile_rows[1], position);
+  }
+  EntryPlaces places;
+  PARTUNE_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    places.index[i] = places.weight[i] = places.grad[i] = position + i;
+    if (m.crow_indices && i < count) {
+      while (m.crow_indices[row + 1] <= position + i) ++row;
+      places.index[i] = row * m.columns + columns.at[i];
+      places.weight[i] = row * m.weight_row_stride + columns.at[i] * m.weight_column_stride;
+      if (!m.grad_is_compact) {
+        places.grad[i] = row * m.grad_row_stride + columns.at[i] * m.grad_column_stride;
+      }
+    }
+  }
+  return places;
+}
+
+// ---- the step ----
+
+template <typename Weight, typename Grad, typename State, typename Real>
+PARTUNE_FN void step_entries(const SparseAdamWMatrix& m, const SparseAdamWDeviceStep<Real>& step,
+                             const AdamWCoefficients<Real>& coefficients, const int64_t (&tile_rows)[2],
+                             int64_t position, int count) {
+  constexpr bool kRoundedWeight = sizeof(Weight) < sizeof(Real);
+  constexpr bool kRoundedState = sizeof(State) < sizeof(Real);
   Weight* weight = static_cast<Weight*>(m.weight);
+  const Grad* grad = static_cast<const Grad*>(m.grad);
   State* exp_avg = static_cast<State*>(m.exp_avg) + position;
   State* exp_avg_sq = static_cast<State*>(m.exp_avg_sq) + position;
   const bool has_master = kRoundedWeight && m.master != nullptr;
   const bool aligned = is_aligned(exp_avg) && is_aligned(exp_avg_sq) && (!has_master || is_aligned(m.master));
   const bool stochastic = kRoundedWeight && !has_master && step.hyperparameters.stochastic;
 
-  Entries entries;
-  gather_entries<Weight, Grad>(m, first_row, last_row, position, count, has_master, entries);
+  // All loads first: a thread has eight scattered reads under way.
+  const EntryPlaces places = locate_entries(m, tile_rows, position, count);
+  Real grads[4], values[4];
+  PARTUNE_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    if (i < count) grads[i] = widen(grad[places.grad[i]]);
+    if (i < count && !has_master) values[i] = widen(weight[places.weight[i]]);
+  }
   Pack4<State> average = load_pack(exp_avg, count, aligned);
   Pack4<State> square = load_pack(exp_avg_sq, count, aligned);
   Pack4<float> master = {};
@@ -95,12 +132,12 @@ PARTUNE_FN void step_entries(const SparseAdamWMatrix& m, const SparseAdamWDevice
   PARTUNE_UNROLL
   for (int i = 0; i < 4; ++i) {
     if (i < count) {
-      float first = widen(average.at[i]), second = widen(square.at[i]);
-      float value = has_master ? master.at[i] : entries.value[i];
-      adamw_update(entries.grad[i], value, first, second, coefficients);
+      Real first = widen(average.at[i]), second = widen(square.at[i]);
+      Real value = has_master ? Real(master.at[i]) : values[i];
+      adamw_update(grads[i], value, first, second, coefficients);
       PhiloxBlock random = {};
       if (stochastic || kRoundedState) {
-        random = philox(uint64_t(entries.index[i]), draw_step, m.parameter_id, key);
+        random = philox(uint64_t(places.index[i]), draw_step, m.parameter_id, key);
       }
       if (kRoundedState) {
         round_stochastic(first, random.word[1], average.at[i]);
@@ -115,8 +152,8 @@ PARTUNE_FN void step_entries(const SparseAdamWMatrix& m, const SparseAdamWDevice
       } else {
         round_nearest(value, rounded);
       }
-      weight[entries.weight[i]] = rounded;
-      master.at[i] = value;
+      weight[places.weight[i]] = rounded;
+      if (has_master) master.at[i] = float(value);
     }
   }
   store_pack(average, exp_avg, count, aligned);
@@ -124,31 +161,111 @@ PARTUNE_FN void step_entries(const SparseAdamWMatrix& m, const SparseAdamWDevice
   if (has_master) store_pack(master, m.master + position, count, aligned);
 }
 
-template <typename Weight, typename Grad, typename State, int kBlock>
-__global__ void __launch_bounds__(kBlock, 3)
-    sparse_adamw_kernel(const GRID_CONSTANT SparseAdamWLaunch launch) {
-  SHARED(AdamWCoefficients<float>, coefficients, [1]);
+// SASS <float, float, float>: LDG.E.128 x3, STG.E.128 x2
+// SASS <BFloat16, BFloat16, float>: LDG.E.128 x4, STG.E.128 x3
+// SASS <BFloat16, BFloat16, BFloat16>: LDG.E.128 x2, LDG.E.64 x2, STG.E.128, STG.E.64 x2
+template <typename Weight, typename Grad, typename State, typename Real, int kBlock>
+__global__ void __launch_bounds__(kBlock, sizeof(Real) == 4 ? 3 : 2)
+    sparse_adamw_kernel(const GRID_CONSTANT SparseAdamWLaunch<Real> launch) {
+  SHARED(AdamWCoefficients<Real>, coefficients, [1]);
   SHARED(int64_t, tile_rows, [2]);
-  const int number = matrix_of_block(launch, int(blockIdx.x));
-  const SparseAdamWMatrix& m = launch.matrices[number];
-  const int64_t begin = int64_t(int(blockIdx.x) - launch.first_block[number]) * (4 * kBlock);
-  const int64_t end = begin + 4 * kBlock < m.nnz ? begin + 4 * kBlock : m.nnz;
-  if (threadIdx.x < 2 && m.crow_indices) {
-    tile_rows[threadIdx.x] = row_of(m.crow_indices, 0, m.rows - 1, threadIdx.x == 0 ? begin : end - 1);
-  }
+  const int number = matrix_of_block(launch.batch, int(blockIdx.x));
+  const SparseAdamWMatrix& m = launch.batch.matrices[number];
+  const EntryTile<kBlock> tile(int(blockIdx.x) - launch.batch.first_block[number], m.nnz);
+  find_tile_rows(m.crow_indices, m.rows, tile, tile_rows);
   if (threadIdx.x == 32) {
-    const float lr = launch.step.lr ? *launch.step.lr : launch.step.lr_value;
-    const float grad_scale = launch.step.grad_scale ? *launch.step.grad_scale : 1.0f;
+    const Real lr = launch.step.lr ? Real(*launch.step.lr) : launch.step.lr_value;
+    const Real grad_scale = launch.step.grad_scale ? Real(*launch.step.grad_scale) : Real(1);
     coefficients[0] =
         adamw_coefficients(launch.step.hyperparameters, lr, grad_scale, uint32_t(*m.state_step));
   }
   __syncthreads();
-  const int64_t position = begin + 4 * int64_t(threadIdx.x);
-  const int count = int(end - position < 4 ? end - position : 4);
   const bool wanted = !launch.step.found_inf || *launch.step.found_inf == 0;
-  if (wanted && count > 0) {
-    step_entries<Weight, Grad, State>(m, launch.step, coefficients[0], tile_rows[0], tile_rows[1], position,
-                                      count);
+  if (wanted && tile.count > 0) {
+    step_entries<Weight, Grad, State>(m, launch.step, coefficients[0], tile_rows, tile.position, tile.count);
+  }
+}
+
+// ---- the flag ----
+
+// Sets *found_inf to 1 if a gradient has all bits of its exponent set. Word is a gradient's bits.
+// SASS: LDG.E.128
+template <typename Word, int kBlock>
+__global__ void __launch_bounds__(kBlock)
+    found_inf_kernel(const GRID_CONSTANT SparseAdamWBatch batch, const Word exponent, float* found_inf) {
+  SHARED(int64_t, tile_rows, [2]);
+  const int number = matrix_of_block(batch, int(blockIdx.x));
+  const SparseAdamWMatrix& m = batch.matrices[number];
+  const EntryTile<kBlock> tile(int(blockIdx.x) - batch.first_block[number], m.nnz);
+  find_tile_rows(m.crow_indices, m.rows, tile, tile_rows);
+  __syncthreads();
+  bool found = false;
+  if (tile.count > 0) {
+    const Word* grad = static_cast<const Word*>(m.grad);
+    const EntryPlaces places = locate_entries(m, tile_rows, tile.position, tile.count);
+    PARTUNE_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      if (i < tile.count) found |= (grad[places.grad[i]] & exponent) == exponent;
+    }
+  }
+  if (__syncthreads_or(found) && threadIdx.x == 0) atomicExch(found_inf, 1.0f);
+}
+
+// ---- from one CSR to another ----
+
+struct RemapLaunch {
+  CsrPair csrs;
+  unsigned long long* kept;  // null: counted by another launch
+  int count;
+  RemapValues values[kRemapValues];
+};
+
+template <typename Word>
+PARTUNE_FN void carry_value(const RemapValues& values, int64_t from, int64_t to) {
+  static_cast<Word*>(values.new_values)[to] = static_cast<const Word*>(values.old_values)[from];
+}
+
+// A thread looks up its new entries' columns in the old row. kept counts those that it finds.
+// SASS: none (a binary search reads one index at a time)
+template <int kBlock>
+__global__ void __launch_bounds__(kBlock) remap_kernel(const GRID_CONSTANT RemapLaunch launch) {
+  SHARED(int64_t, tile_rows, [2]);
+  const CsrPair& csrs = launch.csrs;
+  const EntryTile<kBlock> tile(int(blockIdx.x), csrs.new_nnz);
+  find_tile_rows(csrs.new_crow_indices, csrs.rows, tile, tile_rows);
+  __syncthreads();
+  uint32_t kept = 0;
+  for (int64_t position = tile.begin + threadIdx.x; position < tile.end; position += kBlock) {
+    const int64_t row = row_of(csrs.new_crow_indices, tile_rows[0], tile_rows[1], position);
+    const int32_t column = csrs.new_col_indices[position];
+    const int64_t row_end = csrs.old_crow_indices[row + 1];
+    int64_t first = csrs.old_crow_indices[row], last = row_end;
+    while (first < last) {
+      const int64_t middle = first + (last - first) / 2;
+      if (csrs.old_col_indices[middle] < column) {
+        first = middle + 1;
+      } else {
+        last = middle;
+      }
+    }
+    if (first < row_end && csrs.old_col_indices[first] == column) {
+      ++kept;
+      for (int i = 0; i < launch.count; ++i) {
+        const RemapValues& values = launch.values[i];
+        if (values.bytes == 8) {
+          carry_value<uint64_t>(values, first, position);
+        } else if (values.bytes == 4) {
+          carry_value<uint32_t>(values, first, position);
+        } else {
+          carry_value<uint16_t>(values, first, position);
+        }
+      }
+    }
+  }
+  PARTUNE_UNROLL
+  for (int step = 1; step < 32; step *= 2) kept += __shfl_xor_sync(0xffffffffu, kept, step);
+  if (launch.kept && kept != 0 && threadIdx.x % 32 == 0) {
+    atomicAdd(launch.kept, static_cast<unsigned long long>(kept));
   }
 }
 

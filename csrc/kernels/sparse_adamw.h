@@ -53,14 +53,29 @@ struct AdamWHyperparameters {
 
 // What a step on a device needs beyond its matrices. Numbers that live on the device are read there;
 // without lr's pointer lr_value counts, without the others 1, no flag and 0.
+template <typename Real>
 struct SparseAdamWDeviceStep {
-  AdamWHyperparameters<float> hyperparameters;
+  AdamWHyperparameters<Real> hyperparameters;
   const float* lr;
   const float* grad_scale;
   const float* found_inf;
   const int64_t* seed;
   const int64_t* offset;
-  float lr_value;
+  Real lr_value;
+};
+
+// Two CSRs of the same shape.
+struct CsrPair {
+  const int64_t *old_crow_indices, *new_crow_indices;
+  const int32_t *old_col_indices, *new_col_indices;
+  int64_t rows, new_nnz;
+};
+
+// One vector of values in the order of each CSR.
+struct RemapValues {
+  const void* old_values;
+  void* new_values;
+  int bytes;  // of an element: 2, 4 or 8
 };
 
 // What is the same for all entries of a matrix in one step.

@@ -1,0 +1,17 @@
+// The float64 kernels, in a translation unit of their own: everywhere else a double is a mistake that
+// fails the build.
+#include "launchers.h"
+#include "select.cuh"
+#include "sparse_adamw.cuh"
+
+namespace partune {
+
+cudaError_t launch_sparse_adamw_float64(const SparseAdamWDeviceStep<double>& step,
+                                        const SparseAdamWMatrix* matrices, int count, cudaStream_t stream) {
+  return launch_step<double, double, double>(step, matrices, count, stream);
+}
+
+const SelectLaunchers select_float64 = Select<StoredScores<double, double>>::launchers();
+const SelectLaunchers select_factors_float64 = Select<FactorScores<double>>::launchers();
+
+}  // namespace partune

@@ -52,7 +52,10 @@ def check_sparse_adamw_(
     if len(masters) not in (0, len(self)):
         raise ValueError(f"masters: got {len(masters)} entries, want none or {len(self)}")
     check.length("parameter_ids", parameter_ids, len(self))
-    check.scalar("lr", lr, (torch.float32, torch.float64), device)
+    if isinstance(lr, Tensor) and lr.device.type == "cpu":  # it travels by value
+        check.scalar("lr", lr, (torch.float32, torch.float64), None)
+    else:
+        check.scalar("lr", lr, _FLOAT32, device)
     _check_hyperparameters(beta1, beta2, weight_decay, eps, eps_mode, rounding)
     for name, scalar, dtypes in (
         ("seed", seed, _INT64), ("offset", offset, _INT64),

@@ -66,7 +66,7 @@ def sparse_adamw_(
         masters: none, or float32 [nnz] each, of which 16-bit parameters are the nearest rounding.
         state_steps: 0-d float32, the number of this update, from 1.
         parameter_ids: the fourth word of the random counter.
-        lr: 0-d float32 or float64.
+        lr: 0-d, on the CPU (float32 or float64) or on the parameters' device (float32).
         rounding: "nearest" or "stochastic", of 16-bit parameters without a master.
         seed, offset: 0-d int64; the random counter's step is state_step + offset.
         grad_scale, found_inf: 0-d float32; where found_inf is not 0, nothing is written.

@@ -30,13 +30,18 @@ def sparse_adamw(
     maximize: bool,
     seed: int,
     grad_scale: Tensor | None,
+    found_inf: Tensor | None,
 ) -> None:
     """Count the steps up and update the selected entries of parameters alike in dtype and device.
 
-    16-bit parameters without masters and bfloat16 moments are rounded stochastically.
+    16-bit parameters without masters and bfloat16 moments are rounded stochastically. Where
+    found_inf isn't 0 the step is neither counted nor taken; nobody waits to learn which.
     """
     device = parameters[0].device
     torch._foreach_add_(state_steps, torch.ones((), dtype=torch.float32), alpha=1.0)
+    if found_inf is not None:
+        found_inf = found_inf.reshape(()).to(device)
+        torch._foreach_sub_(state_steps, [found_inf] * len(state_steps))
     stochastic = parameters[0].dtype in (torch.bfloat16, torch.float16) and not masters
     draws = stochastic or exp_avgs[0].dtype == torch.bfloat16
     ops.sparse_adamw_(
@@ -57,17 +62,20 @@ def sparse_adamw(
         eps_mode=eps_mode,
         maximize=maximize,
         rounding="stochastic" if stochastic else "nearest",
-        seed=torch.tensor(seed, device=device) if draws else None,
+        seed=torch.full((), seed, dtype=torch.int64, device=device) if draws else None,
         grad_scale=None if grad_scale is None else grad_scale.reshape(()).to(device),
+        found_inf=found_inf,
     )
 
 
 def learning_rate(lr: float | Tensor, device: torch.device) -> Tensor:
-    """The rate as the op takes it."""
+    """The rate as the op takes it: on the CPU, or in float32 on the parameters' device."""
     if not isinstance(lr, Tensor):
-        return torch.tensor(lr, dtype=torch.float64, device=device)
-    dtype = lr.dtype if lr.dtype in (torch.float32, torch.float64) else torch.float64
-    return lr.detach().reshape(()).to(device=device, dtype=dtype)
+        return torch.tensor(lr, dtype=torch.float64)
+    lr = lr.detach().reshape(())
+    if lr.device.type == "cpu":
+        return lr if lr.dtype in (torch.float32, torch.float64) else lr.to(torch.float64)
+    return lr.to(device=device, dtype=torch.float32)
 
 
 def update_norm(

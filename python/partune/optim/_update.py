@@ -118,13 +118,42 @@ def collect_updates(
 def with_gradient(updates: Sequence[Update]) -> list[Update]:
     """Those that this step concerns: a gradient, and not lr 0 with a gradient of zeros."""
     concerned = []
-    idle = {id(u.group): float(u.group["lr"]) == 0 for u in updates}
+    idle = {id(u.group): _is_known_zero(u.group["lr"]) for u in updates}
     for update in updates:
         if update.grad is not None:
             update.grad = update.readable_grad()
             if not (idle[id(update.group)] and not update.grad.any()):
                 concerned.append(update)
     return concerned
+
+
+def _is_known_zero(lr: float | Tensor) -> bool:
+    """Whether a rate is 0, as far as one can tell without waiting for a device."""
+    return (not isinstance(lr, Tensor) or reads_at_once(lr.device)) and float(lr) == 0
+
+
+def reads_at_once(device: torch.device) -> bool:
+    """Whether the host reads a tensor's numbers without waiting for a device."""
+    return device.type == "cpu"
+
+
+def correct_counts(updates: Sequence[Update]) -> None:
+    """Take the number of steps from the device where a selection seems to be due.
+
+    The host counts a step before it knows whether the step was left out, so it may count too many.
+    """
+    for update in updates:
+        if update.due and update.state and not reads_at_once(update.parameter.device):
+            for state in selection_states(update.state):
+                state["step"] = int(update.state["step"])
+
+
+def must_know(updates: Sequence[Update]) -> bool:
+    """Whether the host has to know at once if the step counts: to select, or to show gradients."""
+    devices = {update.parameter.device for update in updates}
+    if len(devices) != 1 or any(reads_at_once(device) for device in devices):
+        return True
+    return any(u.due or (u.selected and observes(u.group["selection"])) for u in updates)
 
 
 def _observe(update: Update, states: list[State], grad_scale: Tensor | None) -> None:
@@ -180,8 +209,8 @@ def prepare_state(
         update.state.update(dense_state(update.parameter, update.group, update.parameter_id))
 
 
-def any_nonfinite(updates: Sequence[Update]) -> bool:
-    """Whether a gradient entry that is to be stepped is NaN or infinite."""
+def nonfinite_flags(updates: Sequence[Update]) -> dict[torch.device, Tensor]:
+    """By device: 1 where a gradient entry that is to be stepped is NaN or infinite, else 0."""
     flags: dict[torch.device, Tensor] = {}
     alike: dict[tuple[Any, ...], list[Update]] = {}
     for update in updates:
@@ -192,11 +221,13 @@ def any_nonfinite(updates: Sequence[Update]) -> bool:
         crow_indices, col_indices = zip(*(u.csr for u in members), strict=True)
         grads = [u.grad for u in members if u.grad is not None]
         ops.found_inf_(flag, grads, crow_indices, col_indices)
-    return any(bool(flag) for flag in flags.values())
+    return flags
 
 
-def step_all(updates: Sequence[Update], grad_scale: Tensor | None) -> None:
-    """One call per group and combination of dtypes."""
+def step_all(
+    updates: Sequence[Update], grad_scale: Tensor | None, found_inf: Tensor | None
+) -> None:
+    """One call per group and combination of dtypes; where found_inf isn't 0, nothing is written."""
     alike: dict[tuple[Any, ...], list[Update]] = {}
     for update in updates:
         assert update.grad is not None
@@ -224,4 +255,5 @@ def step_all(updates: Sequence[Update], grad_scale: Tensor | None) -> None:
             maximize=group["maximize"],
             seed=group["seed"],
             grad_scale=grad_scale,
+            found_inf=found_inf,
         )

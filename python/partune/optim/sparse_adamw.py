@@ -53,7 +53,7 @@ class SparseAdamW(Optimizer):
         state_dtype: of the moments; None: float32 (float64 for float64 weights). torch.bfloat16 is
             rounded stochastically.
         skip_nonfinite: leave out the whole step, all groups, when a selected gradient entry is NaN
-            or infinite; waits for the device. One group asking for it is enough.
+            or infinite. One group asking for it is enough.
         seed: of stochastic rounding.
         amsgrad, foreach, capturable, differentiable, fused: unsupported; accepted when off.
 
@@ -142,20 +142,26 @@ class SparseAdamW(Optimizer):
         # GradScaler hands these over for the length of a step.
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
-        if found_inf is not None and found_inf.item() != 0:
-            return loss
         updates = update_.with_gradient(update_.collect_updates(self.param_groups, self.state))
+        update_.correct_counts(updates)
         revocable = any(group["skip_nonfinite"] for group in self.param_groups)
-        for update in updates:
-            if update.due:
-                update_.choose_in_step(update, grad_scale, revocable=revocable)
-                if not revocable:
-                    update_.install_choice(update, self.state)
-        if revocable and update_.any_nonfinite(updates):
-            return loss
+        if update_.must_know(updates):
+            if found_inf is not None and found_inf.item() != 0:
+                return loss
+            found_inf = None
+            for update in updates:
+                if update.due:
+                    update_.choose_in_step(update, grad_scale, revocable=revocable)
+                    if not revocable:
+                        update_.install_choice(update, self.state)
+            if revocable and any(bool(f) for f in update_.nonfinite_flags(updates).values()):
+                return loss
+        elif revocable:
+            (nonfinite,) = update_.nonfinite_flags(updates).values()
+            found_inf = nonfinite if found_inf is None else torch.maximum(nonfinite, found_inf)
         for update in updates:
             update_.prepare_state(update, self.state, grad_scale)
-        update_.step_all(updates, grad_scale)
+        update_.step_all(updates, grad_scale, found_inf)
         return loss
 
     @torch.no_grad()

@@ -1,5 +1,10 @@
-"""An installed wheel, away from the source tree: imports, steps and changes what it selected."""
+"""An installed wheel, away from the source tree: imports, steps and changes what it selected.
 
+With the wheel's path and the version that its name must tell as arguments, checks these too.
+"""
+
+import importlib.metadata
+import platform
 import sys
 from pathlib import Path
 
@@ -7,6 +12,17 @@ import torch
 
 import partune
 from partune.optim import LiftAdamW, lift_groups
+
+if len(sys.argv) > 1:
+    wheel, local = Path(sys.argv[1]), sys.argv[2]
+    python = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    version = f"{partune.__version__}+{local}"
+    platforms = f"manylinux_2_28_{platform.machine()}"
+    assert wheel.name == f"partune-{version}-{python}-{python}-{platforms}.whl", wheel.name
+    assert importlib.metadata.version("partune") == version
+    size = wheel.stat().st_size / 1e6
+    assert size <= 5, f"{wheel.name} has {size:.1f} MB, and 5 are enough"
+    print(f"{wheel.name}: {size:.2f} MB")
 
 assert Path(partune.__file__).is_relative_to(sys.prefix), f"not the wheel: {partune.__file__}"
 

@@ -1,5 +1,6 @@
 // partune._C: what this build is and what this machine has. Tensor work goes through torch.ops.partune.
 #include <pybind11/pybind11.h>
+#include <torch/csrc/stable/library.h>
 
 #include "cpu/isa.h"
 #include "schema.h"
@@ -36,6 +37,10 @@ py::dict build_info() {
 }
 
 }  // namespace
+
+STABLE_TORCH_LIBRARY(partune, library) {
+  for (int i = 0; i < partune::kSchemaCount; ++i) library.def(partune::kSchemas[i].text);
+}
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "partune's native core: build facts and devices. Its ops are torch.ops.partune.*";

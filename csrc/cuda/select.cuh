@@ -99,7 +99,7 @@ class Select {
                   select.workspace_.tile_counts, select.workspace_.row_starts, task.col_indices);
   }
 
-  static constexpr SelectLaunchers launchers() { return {find, count, emit}; }
+  static constexpr SelectLaunchers launchers() noexcept { return {find, count, emit}; }
 
  private:
   explicit Select(const SelectTask& task) : workspace_(task.workspace, task.rows) {
@@ -118,7 +118,7 @@ class Select {
 template <int kBlock>
 cudaError_t launch_random(float* scores, int64_t count, const int64_t* seed, const int64_t* step,
                           uint32_t parameter_id, cudaStream_t stream) {
-  const int64_t blocks = (count + 4 * kBlock - 1) / (4 * kBlock);
+  const int64_t blocks = (count + int64_t{4} * kBlock - 1) / (int64_t{4} * kBlock);
   if (blocks == 0) return cudaSuccess;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   return LAUNCH((random_scores_kernel<kBlock>), dim3(unsigned(blocks)), dim3(kBlock), 0, stream, scores,

@@ -52,7 +52,7 @@ cudaError_t launch_found_inf_words(Word exponent, const SparseAdamWMatrix* matri
 template <int kBlock>
 cudaError_t launch_remap_values(const CsrPair& csrs, const RemapValues* values, int count, int64_t* kept,
                                 cudaStream_t stream) {
-  const int64_t blocks = (csrs.new_nnz + 4 * kBlock - 1) / (4 * kBlock);
+  const int64_t blocks = (csrs.new_nnz + int64_t{4} * kBlock - 1) / (int64_t{4} * kBlock);
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   RemapLaunch launch;
   launch.csrs = csrs;

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,7 @@ def _cpu_facts() -> dict[str, Any]:
 
 def _gpu_facts() -> dict[str, Any]:
     facts: dict[str, Any] = {"driver": None, "error": None, "devices": []}
+    facts["driver_release"] = _driver_release()
     facts["kernels_off_because"] = _native.cuda_status()
     if _native.load_error() is not None or _core().build_info()["cuda"] is None:
         return facts
@@ -79,6 +81,15 @@ def _gpu_facts() -> dict[str, Any]:
         for name, major, minor, has_binary in probe["devices"]
     ]
     return facts
+
+
+def _driver_release(file: Path = Path("/proc/driver/nvidia/version")) -> str | None:
+    """NVIDIA's number of the driver, such as 580.65.06, or None."""
+    try:
+        found = re.search(r"NVRM version:.*?\s(\d{3,}(?:\.\d+)+)\s", file.read_text())
+    except OSError:
+        return None
+    return found[1] if found else None
 
 
 def _op_facts() -> list[dict[str, str]]:
@@ -100,9 +111,12 @@ def _backend(op_name: str, key: str) -> str:
     """What the dispatcher would run: "kernel", "reference" or "none"."""
     if _native.load_error() is not None or (key == "CUDA" and torch.version.cuda is None):
         return "none"
+    off = key == "CUDA" and _native.cuda_status() is not None
+    if off and os.environ.get("PARTUNE_BACKEND") == "cuda":
+        return "none"
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     for kind, wanted in (("kernel", key), ("reference", "CompositeExplicitAutograd")):
-        if has_kernel(f"partune::{op_name}", wanted):
+        if not (off and kind == "kernel") and has_kernel(f"partune::{op_name}", wanted):
             return kind
     return "none"
 
@@ -144,7 +158,7 @@ def _advice(info: dict[str, Any]) -> Iterable[str]:
     if os.environ.get("PARTUNE_BACKEND", "auto") not in ("", "auto"):
         yield _backend_advice()
     if native["cuda"] is None:
-        yield "There are no CUDA kernels in this build. Install partune without PARTUNE_CUDA=0."
+        yield "There are no CUDA kernels in this build. Build without PARTUNE_CUDA=0 and ARCHS=cpu."
         return
     if gpu["driver"] is None:
         yield "There is no NVIDIA driver. CUDA kernels need one (>= 580 for CUDA 13) and a GPU."
@@ -160,10 +174,9 @@ def _advice(info: dict[str, Any]) -> Iterable[str]:
         yield "There is a GPU, but this torch was built without CUDA. Install a torch with CUDA."
     for device in gpu["devices"]:
         if not device["has_binary"]:
-            yield (
-                f"This build has no binary for {device['name']}. Install from source with "
-                f'TORCH_CUDA_ARCH_LIST="{device["capability"]}".'
-            )
+            major, minor = map(int, device["capability"].split("."))
+            fix = _native.how_to_serve([(major, minor)])
+            yield f"This build has no binary for {device['name']} (sm_{major}{minor}). {fix}."
 
 
 def _backend_advice() -> str:
@@ -193,7 +206,7 @@ def format_info(info: dict[str, Any]) -> str:
             ("native core", f"compiler {native['compiler']}, {_with_cuda(native['cuda'])}"),
             ("GPU binaries", archs or "none"),
             ("CPU kernels", f"{cpu['isa'] or cpu['error']} (best here: {cpu['best']})"),
-            ("GPU driver", f"CUDA {gpu['driver']}" if gpu["driver"] else "none"),
+            ("GPU driver", _driver(gpu)),
         ]
     for device in gpu["devices"]:
         binary = "binary in this build" if device["has_binary"] else "no binary in this build"
@@ -210,6 +223,11 @@ def format_info(info: dict[str, Any]) -> str:
     if info["advice"]:
         lines += ["", "What is missing:", *(f"- {advice}" for advice in info["advice"])]
     return "\n".join(lines)
+
+
+def _driver(gpu: dict[str, Any]) -> str:
+    release = f"{gpu['driver_release']}, " if gpu["driver_release"] else ""
+    return f"{release}CUDA {gpu['driver']}" if gpu["driver"] else "none"
 
 
 def _with_cuda(version: str | None) -> str:

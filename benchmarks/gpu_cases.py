@@ -1,0 +1,94 @@
+"""Every op on a matrix of any size and device: run once for a sanitizer, or timed, as JSON.
+
+python benchmarks/gpu_cases.py --device cuda --size 96 --runs 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from partune import ops
+
+DENSITY = 0.05
+
+
+def cases(device: str, size: int) -> dict[str, Callable[[], object]]:
+    """Calls of each op, and of the peers that their times are read beside."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    scores, other = draw(size, size), draw(size, size)
+    k = int(DENSITY * size * size)
+    left, right = draw(size, 32), draw(32, size)
+    seed, step = torch.tensor(0, device=device), torch.tensor(1, device=device)
+    old, new = ops.topk_csr(scores, k), ops.topk_csr(other, k)
+    values, moved = draw(k), torch.zeros(k, device=device)
+    found_inf = torch.zeros((), device=device)
+    found: dict[str, Callable[[], object]] = {
+        "topk_csr": lambda: ops.topk_csr(scores, k),
+        "threshold_csr": lambda: ops.threshold_csr(scores, 1.6),
+        "topk_csr_factors": lambda: ops.topk_csr_factors(left, right, k),
+        "random_scores": lambda: ops.random_scores(
+            size, size, seed=seed, step=step, parameter_id=0
+        ),
+        "remap_": lambda: ops.remap_([moved], [values], *old, *new),
+        "found_inf_": lambda: ops.found_inf_(found_inf, [scores], [old[0]], [old[1]]),
+    }
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        weight, grad = draw(size, size, dtype=dtype), draw(size, size, dtype=dtype)
+        moments = torch.zeros(2, k, device=device)
+        state_step = torch.tensor(5.0, device=device)
+
+        def sparse_step(weight=weight, grad=grad, moments=moments, state_step=state_step):
+            ops.sparse_adamw_(
+                [weight], [grad], [old[0]], [old[1]], [moments[0]], [moments[1]], [],
+                [state_step], [0], lr=torch.tensor(1e-4), beta1=0.9, beta2=0.95,
+                weight_decay=0.01, eps=1e-6, eps_mode="corrected", maximize=False,
+                rounding="stochastic", seed=seed,
+            )  # fmt: skip
+
+        parameter = torch.nn.Parameter(weight.clone())
+        parameter.grad = grad
+        name = str(dtype).removeprefix("torch.")
+        found[f"sparse_adamw_ {name}"] = sparse_step
+        found[f"peer: torch's AdamW {name}"] = torch.optim.AdamW([parameter], fused=True).step
+    target = torch.empty_like(scores)
+    found["peer: copy float32"] = lambda: target.copy_(scores)
+    return found
+
+
+def milliseconds(function: Callable[[], object], device: str, runs: int) -> float:
+    """Median time of a call."""
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        function()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--size", type=int, default=4096)
+    parser.add_argument("--runs", type=int, default=21)
+    options = parser.parse_args()
+    figures = {}
+    for name, function in cases(options.device, options.size).items():
+        milliseconds(function, options.device, 1)  # the first call is not like the others
+        figures[name] = milliseconds(function, options.device, options.runs)
+    print(json.dumps({"size": options.size, "milliseconds": figures}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,269 @@
+"""What the compiler made of every CUDA kernel, and the time that memory bandwidth alone would need.
+
+Prints docs/kernels.md and writes it. Nothing is run on a GPU: registers and shared memory are read
+from the built module, all else is arithmetic.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+from cuda_kernels import (
+    ROOT,
+    Usage,
+    arch_number,
+    name_and_arguments,
+    resource_usage,
+    source_kernels,
+)
+from partune import _native
+
+DOCUMENT = ROOT / "docs" / "kernels.md"
+
+# ---- how many blocks an SM holds at once ----
+
+
+class Sm(NamedTuple):
+    """What a streaming multiprocessor has, by the CUDA programming guide's table."""
+
+    threads: int
+    blocks: int
+    shared: int  # bytes, all blocks together
+    reserved: int  # bytes of it that the driver takes for each block
+    granularity: int  # bytes: what shared memory of a block is rounded up to
+
+
+SM = {
+    "sm_75": Sm(1024, 16, 64 << 10, 0, 256),
+    "sm_80": Sm(2048, 32, 164 << 10, 1024, 128),
+    "sm_86": Sm(1536, 16, 100 << 10, 1024, 128),
+    "sm_89": Sm(1536, 24, 100 << 10, 1024, 128),
+    "sm_90": Sm(2048, 32, 228 << 10, 1024, 128),
+    "sm_100": Sm(2048, 32, 228 << 10, 1024, 128),
+    "sm_120": Sm(1536, 24, 100 << 10, 1024, 128),
+}
+REGISTERS_PER_QUARTER = 16384  # an SM has four parts; a warp stays in one
+REGISTER_GRANULARITY = 256  # registers that a warp gets at a time
+
+
+def blocks_per_sm(arch: str, block: int, usage: Usage) -> int:
+    sm = SM[arch]
+    warps = -(-block // 32)
+    warp_registers = -(-usage.registers * 32 // REGISTER_GRANULARITY) * REGISTER_GRANULARITY
+    shared = -(-(usage.shared + sm.reserved) // sm.granularity) * sm.granularity
+    return min(
+        sm.blocks,
+        sm.threads // (32 * warps),
+        4 * (REGISTERS_PER_QUARTER // warp_registers) // warps,
+        sm.shared // shared if shared else sm.blocks,
+    )
+
+
+# ---- bytes that an op moves ----
+
+N, DENSITY, RANK = 4096, 0.05, 128
+ENTRIES = N * N
+SELECTED = int(DENSITY * ENTRIES)
+INDICES = 4 * SELECTED + 8 * (N + 1)  # one reading or writing of a CSR's structure
+SECTOR = 32
+BANDWIDTHS = {"A100": 2039e9, "H100": 3350e9, "B200": 8000e9}  # SXM; the A100 of 80 GB
+
+
+def scattered(size: int) -> int:
+    """One access to all selected entries: the sectors that hold one, uniformly chosen."""
+    neighbours = SECTOR // size
+    return round(ENTRIES / neighbours * (1 - (1 - DENSITY) ** neighbours)) * SECTOR
+
+
+def sparse_adamw(size: int) -> int:
+    """Gradient read, weight read and written, two float32 moments read and written."""
+    return 3 * scattered(size) + 16 * SELECTED + INDICES
+
+
+def found_inf(size: int) -> int:
+    return scattered(size) + INDICES
+
+
+def remap(size: int) -> int:
+    """Two moments of all entries, both structures read."""
+    return 2 * 2 * size * SELECTED + 2 * INDICES
+
+
+def select_constant(name: str) -> int:
+    """A constant of select.cuh."""
+    text = (ROOT / "csrc/kernels/select.cuh").read_text()
+    return int(re.search(rf"constexpr int {name} = (\d+);", text)[1])
+
+
+# Counts: 8 bytes for a row of a tile, 16 for a row. Each is written, read and written again by a
+# scan, and read by emit.
+TILE_COUNTS = 4 * (8 * N * -(-N // select_constant("kTileColumns")) + 16 * N)
+HISTOGRAMS = -(-32 // select_constant("kDigitBits"))  # of a 32-bit key, a digit each
+
+
+def topk(size: int) -> int:
+    """Scores read by three histograms, by count and by emit."""
+    return (HISTOGRAMS + 2) * ENTRIES * size + TILE_COUNTS + INDICES
+
+
+def threshold(size: int) -> int:
+    """Scores read by count and by emit."""
+    return 2 * ENTRIES * size + TILE_COUNTS + INDICES
+
+
+def topk_factors(size: int) -> int:
+    """Factors read once in each pass: caches hold them."""
+    return (HISTOGRAMS + 2) * 2 * N * RANK * size + TILE_COUNTS + INDICES
+
+
+def random_scores(size: int) -> int:
+    return ENTRIES * size
+
+
+# By op: bytes of weights, scores or values of 4 or 2 bytes; whether there is a bfloat16 form.
+BYTES: dict[str, tuple[Callable[[int], int], bool]] = {
+    "sparse_adamw_": (sparse_adamw, True),
+    "found_inf_": (found_inf, True),
+    "remap_": (remap, True),
+    "topk_csr": (topk, True),
+    "threshold_csr": (threshold, True),
+    "topk_csr_factors": (topk_factors, False),
+    "random_scores": (random_scores, False),
+}
+
+
+def cuda_ops() -> list[str]:
+    """The ops that have a CUDA binding."""
+    return re.findall(r'\bimpl\("(\w+)"', (ROOT / "csrc/cuda/bindings.h").read_text())
+
+
+# ---- the document ----
+
+HEAD = """\
+# CUDA kernels
+
+`make kernels` writes this file; a test fails when the built module differs from it. **Nothing here
+was run on a GPU.** Registers and shared memory are what the compiler says; blocks and times are
+arithmetic.
+
+## Registers and shared memory
+
+Compiled by CUDA {cuda}. Each cell: registers of a thread / bytes of a block's shared memory /
+blocks that an SM holds at once by these two and by its threads. No kernel has a stack frame, spills
+or local memory. A change here is a decision of whoever commits it.
+
+"""
+BYTES_HEAD = """
+## Bytes moved
+
+A matrix of {n} by {n}, {density:.0%} of it selected, uniformly: the worst case, where {float32:.0%}
+of all 32-byte sectors of float32 hold a selected entry and {bfloat16:.0%} of bfloat16's. A
+scattered access counts its whole sector. Moments are float32 in a step and have the named dtype in
+`remap_`; factors have rank {rank}. Megabytes are 10^6 bytes; times are microseconds at the memory
+bandwidth of {bandwidths}, and count nothing else.
+
+"""
+FACTORS_NOTE = """
+What limits `topk_csr_factors` is arithmetic: its {passes} passes form the product anew, {flops:.0f}
+GFLOP of float32 in all.
+"""
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def recorded(text: str) -> dict[str, dict[str, str]]:
+    """The document's cells by kernel and architecture."""
+    cells: dict[str, dict[str, str]] = {}
+    archs: list[str] = []
+    for line in text.splitlines():
+        columns = [column.strip() for column in line.strip("|").split("|")]
+        if columns[0] == "kernel":
+            archs = columns[2:]
+        elif columns[0].startswith("`") and "<" in columns[0]:
+            cells[columns[0].strip("`")] = dict(zip(archs, columns[2:], strict=True))
+    return cells
+
+
+def built() -> dict[str, dict[str, str]]:
+    """The same cells of the built module."""
+    cells = {}
+    for kernel, by_arch in resource_usage().items():
+        block = block_size(kernel)
+        cells[kernel] = {
+            arch: f"{usage.registers} / {usage.shared:,} / {blocks_per_sm(arch, block, usage)}"
+            for arch, usage in by_arch.items()
+            if arch in SM
+        }
+    return cells
+
+
+def block_size(kernel: str) -> int:
+    name, arguments = name_and_arguments(kernel)
+    return source_kernels()[name].block_size(arguments)
+
+
+def cuda_version() -> str:
+    number = _native.require().build_info()["cuda"]
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def render(cells: dict[str, dict[str, str]]) -> str:
+    archs = sorted({arch for by_arch in cells.values() for arch in by_arch}, key=arch_number)
+    resources = [
+        [f"`{kernel}`", str(block_size(kernel)), *(cells[kernel].get(arch, "") for arch in archs)]
+        for kernel in sorted(cells)
+    ]
+    ops = []
+    for op in cuda_ops():
+        count, has_bfloat16 = BYTES[op]
+        row = [f"`{op}`"]
+        for size in (4, 2):
+            if size == 2 and not has_bfloat16:
+                row += [""] * (1 + len(BANDWIDTHS))
+                continue
+            row += [f"{count(size) / 1e6:,.1f}"]
+            row += [f"{count(size) / speed * 1e6:.1f}" for speed in BANDWIDTHS.values()]
+        ops.append(row)
+    header = ["op"]
+    for dtype in ("float32", "bfloat16"):
+        header += [f"{dtype}, MB", *(f"{gpu}, µs" for gpu in BANDWIDTHS)]
+    names = [f"{gpu} ({speed / 1e9:,.0f} GB/s)" for gpu, speed in BANDWIDTHS.items()]
+    text = HEAD.format(cuda=cuda_version()) + table(["kernel", "threads", *archs], resources)
+    text += BYTES_HEAD.format(
+        n=N,
+        density=DENSITY,
+        rank=RANK,
+        float32=scattered(4) / (4 * ENTRIES),
+        bfloat16=scattered(2) / (2 * ENTRIES),
+        bandwidths=", ".join(names[:-1]) + f" and {names[-1]}",
+    )
+    text += table(header, ops)
+    if "topk_csr_factors" in cuda_ops():
+        passes = HISTOGRAMS + 2
+        gflop = passes * 2 * ENTRIES * RANK / 1e9
+        text += FACTORS_NOTE.format(passes=passes, flops=gflop)
+    return text
+
+
+def main() -> None:
+    if _native.require().build_info()["cuda"] is None:
+        raise SystemExit("kernels: this build has none (PARTUNE_CUDA=0)")
+    archs = {arch for by_arch in resource_usage().values() for arch in by_arch}
+    if missing := sorted(SM.keys() - archs, key=arch_number):
+        raise SystemExit(
+            f"kernels: built without {', '.join(missing)}; "
+            "unset TORCH_CUDA_ARCH_LIST and run `make build`"
+        )
+    text = render(built())
+    print(text)
+    DOCUMENT.parent.mkdir(exist_ok=True)
+    DOCUMENT.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

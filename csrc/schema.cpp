@@ -2,8 +2,6 @@
 // dtypes and errors, is told by python/partune/ops/<family>.py.
 #include "schema.h"
 
-#include <torch/csrc/stable/library.h>
-
 namespace partune {
 
 // clang-format off
@@ -22,7 +20,3 @@ const Schema kSchemas[] = {
 const int kSchemaCount = sizeof(kSchemas) / sizeof(kSchemas[0]);
 
 }  // namespace partune
-
-STABLE_TORCH_LIBRARY(partune, library) {
-  for (const partune::Schema& schema : partune::kSchemas) library.def(schema.text);
-}

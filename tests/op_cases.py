@@ -1,13 +1,17 @@
-"""Inputs for the ops' tests, and how results are compared."""
+"""Inputs for the ops' tests, on any backend, and how results are compared."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+import cuda_emulator
+
+CPU = torch.device("cpu")
 # max|a - b| <= tolerance · max|reference|
 TOLERANCE = {
     torch.float64: 1e-12,
@@ -16,14 +20,30 @@ TOLERANCE = {
     torch.float16: 1e-3,
 }
 SHAPES = [(0, 5), (3, 0), (1, 1), (3, 3), (63, 129), (1, 5000), (1000, 3), (129, 1000)]
+if cuda_emulator.MODE == "tsan":  # which takes twenty times as long
+    SHAPES = [(0, 5), (3, 0), (1, 1), (3, 3), (5, 129), (1, 1100), (130, 3)]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Where a test's ops run: namespace of the ops, and where they want their tensors."""
+
+    name: str
+    device: torch.device
+    ops: Any
+
+
+GPU = pytest.param(
+    "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+)
 
 
 def assert_close(actual: Tensor, reference: Tensor, tolerance: float | None = None) -> None:
-    """DESIGN's tolerance, on equal shapes and dtypes; NaN equals NaN."""
+    """DESIGN's tolerance, on equal shapes and dtypes, wherever they are; NaN equals NaN."""
     assert actual.shape == reference.shape
     assert actual.dtype == reference.dtype
     limit = TOLERANCE[reference.dtype] if tolerance is None else tolerance
-    a, b = actual.double(), reference.double()
+    a, b = actual.double().cpu(), reference.double().cpu()
     assert torch.equal(a.isnan(), b.isnan())
     finite = b.isfinite()
     assert torch.equal(a[~finite & ~b.isnan()], b[~finite & ~b.isnan()])
@@ -51,16 +71,16 @@ def embed(value: Tensor, layout: str) -> tuple[Tensor, Tensor]:
         buffer = value.clone()
         return buffer, buffer
     if layout == "unaligned":
-        buffer = torch.full((rows * columns + 7,), 777, dtype=value.dtype)
+        buffer = value.new_full((rows * columns + 7,), 777)
         view = buffer[3 : 3 + rows * columns].view(rows, columns)
     elif layout == "row_strided":
-        buffer = torch.full((rows, columns + 5), 777, dtype=value.dtype)
+        buffer = value.new_full((rows, columns + 5), 777)
         view = buffer[:, 2 : 2 + columns]
     elif layout == "transposed":
-        buffer = torch.full((columns, rows), 777, dtype=value.dtype)
+        buffer = value.new_full((columns, rows), 777)
         view = buffer.t()
     else:
-        buffer = torch.full((rows, 2 * columns), 777, dtype=value.dtype)
+        buffer = value.new_full((rows, 2 * columns), 777)
         view = buffer[:, ::2]
     view.copy_(value)
     return view, buffer
@@ -92,19 +112,41 @@ class StepCase:
     def mutated(self) -> list[Tensor]:
         return [*self.weights, *self.exp_avgs, *self.exp_avg_sqs, *self.masters]
 
-    def copy(self, dtype: torch.dtype | None = None) -> StepCase:
+    def copy(
+        self, dtype: torch.dtype | None = None, device: torch.device | None = None
+    ) -> StepCase:
         """An independent copy, floating tensors widened to `dtype` where one is given."""
 
         def clone(values: list[Tensor]) -> list[Tensor]:
             return [
-                v.clone() if dtype is None or not v.is_floating_point() else v.to(dtype, copy=True)
+                v.to(device=device, dtype=dtype if v.is_floating_point() else None, copy=True)
                 for v in values
             ]
 
+        def move(values: list[Tensor]) -> list[Tensor]:
+            return [v.to(device=device) for v in values]
+
+        options = {
+            # A float64 learning rate is the host's; whatever else is a tensor lies on the device.
+            name: value.to(device=device)
+            if isinstance(value, Tensor) and value.dtype != torch.float64
+            else value
+            for name, value in self.options.items()
+        }
         return StepCase(
-            clone(self.weights), clone(self.grads), self.crow, self.col, clone(self.exp_avgs),
-            clone(self.exp_avg_sqs), clone(self.masters), self.steps, dict(self.options),
+            clone(self.weights), clone(self.grads), move(self.crow), move(self.col),
+            clone(self.exp_avgs), clone(self.exp_avg_sqs), clone(self.masters), move(self.steps),
+            options,
         )  # fmt: skip
+
+    def mask(self, number: int) -> Tensor:
+        """Which entries of a matrix are selected, on the CPU."""
+        crow, col = self.crow[number].cpu(), self.col[number].cpu()
+        mask = torch.zeros(self.weights[number].shape, dtype=torch.bool)
+        mask[torch.repeat_interleave(torch.arange(crow.numel() - 1), crow.diff()), col.long()] = (
+            True
+        )
+        return mask
 
 
 def step_case(
@@ -118,6 +160,7 @@ def step_case(
     dense: bool = False,
     density: float = 0.2,
     seed: int = 0,
+    device: torch.device = CPU,
     **options: Any,
 ) -> StepCase:
     generator = torch.Generator().manual_seed(seed)
@@ -156,4 +199,4 @@ def step_case(
         "seed": torch.tensor(1234567890123),
         **options,
     }
-    return case
+    return case if device == CPU else case.copy(device=device)

@@ -58,8 +58,10 @@ def test_mutation_is_declared_and_seen_by_autograd(name: str) -> None:
 def test_tested_and_measured(name: str) -> None:
     family = FAMILIES[name]
     tests = (ROOT / f"tests/test_ops_{family}.py").read_text()
-    assert f"torch.ops.partune.{name}." in tests
-    assert "opcheck(" in tests
+    assert re.search(rf"\bops\.{name}\(|\brun\((backend\.)?ops\.{name}\)", tests), (
+        "on every backend"
+    )
+    assert f"opcheck(ops.{name}.default" in tests
     benchmarks = (ROOT / f"benchmarks/bench_{family}.py").read_text()
     assert f"torch.ops.partune.{name}." in benchmarks
     assert BAD_INPUTS[name], "one table of bad inputs is fed to the wrapper, the fake and C++"

@@ -16,6 +16,8 @@
   extern __shared__ __align__(128) unsigned char kit_dynamic_shared[]; \
   T* name = reinterpret_cast<T*>(kit_dynamic_shared)
 #define GRID_CONSTANT __grid_constant__
+// LAUNCH_PARAMETER(Launch) launch: a large parameter that all threads read where the launch left it.
+#define LAUNCH_PARAMETER(...) const __grid_constant__ __VA_ARGS__
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t kit_launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,

@@ -74,7 +74,7 @@ template <typename Score>
 PARTUNE_FN ScoreTile<Score> place_tile(int64_t tile, int64_t tile_columns) {
   ScoreTile<Score> result;
   result.row = tile / tile_columns * kTileRows<Score> + threadIdx.x / kRowThreads;
-  result.column = tile % tile_columns * kTileColumns + threadIdx.x % kRowThreads * 4;
+  result.column = tile % tile_columns * kTileColumns + int64_t(threadIdx.x % kRowThreads) * 4;
   return result;
 }
 

@@ -50,8 +50,8 @@ struct EntryTile {
   int count;
 
   PARTUNE_MEMBER EntryTile(int block, int64_t nnz) {
-    begin = int64_t(block) * (4 * kBlock);
-    end = begin + 4 * kBlock < nnz ? begin + 4 * kBlock : nnz;
+    begin = int64_t(block) * 4 * kBlock;
+    end = begin + int64_t{4} * kBlock < nnz ? begin + int64_t{4} * kBlock : nnz;
     position = begin + 4 * int64_t(threadIdx.x);
     count = int(end - position < 4 ? end - position : 4);
   }

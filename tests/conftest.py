@@ -1,0 +1,38 @@
+"""Which backends the ops' tests run on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import cuda_emulator
+from op_cases import GPU, Backend
+
+if cuda_emulator.MODE == "tsan":
+    torch.set_num_threads(1)  # torch's own threads synchronise in ways that TSan can't see
+
+
+@pytest.fixture(params=["cpu", "cuda-emulated", GPU])
+def backend(request: pytest.FixtureRequest) -> Backend:
+    """Where the ops run: CPU kernels, CUDA kernels under the emulator, CUDA kernels on a GPU.
+
+    A test that isn't meant for all of them says `@pytest.mark.parametrize("backend", [...],
+    indirect=True)`.
+    """
+    if request.param == "cuda-emulated":
+        return Backend(request.param, torch.device("cpu"), cuda_emulator.InAllOrders())
+    return Backend(request.param, torch.device(request.param), torch.ops.partune)
+
+
+@pytest.fixture
+def ops(backend: Backend) -> Any:
+    """The namespace of the backend's ops."""
+    return backend.ops
+
+
+@pytest.fixture
+def device(backend: Backend) -> torch.device:
+    """Where the backend wants its tensors."""
+    return backend.device

@@ -75,6 +75,7 @@ TSAN = {
     "warp_exchange": RACE,
     "warp_exchange_by_shuffle": RACE,
     "two_blocks_one_word": RACE,
+    "two_blocks_behind_barriers": RACE,
     "atomic_and_plain_read": RACE,
     "last_block_without_fence": RACE,
 }

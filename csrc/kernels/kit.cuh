@@ -11,11 +11,12 @@
 
 // SHARED(float, partial, [32]) declares a block's array.
 #define SHARED(T, name, dims) __shared__ T name dims
+// NOLINTBEGIN(bugprone-macro-parentheses): T is a type, and name what it declares
 // DYN_SHARED(float, tile) points to the shared memory that the launch asked for, aligned to 128 bytes.
 #define DYN_SHARED(T, name)                                            \
   extern __shared__ __align__(128) unsigned char kit_dynamic_shared[]; \
   T* name = reinterpret_cast<T*>(kit_dynamic_shared)
-#define GRID_CONSTANT __grid_constant__
+// NOLINTEND(bugprone-macro-parentheses)
 // LAUNCH_PARAMETER(Launch) launch: a large parameter that all threads read where the launch left it.
 #define LAUNCH_PARAMETER(...) const __grid_constant__ __VA_ARGS__
 

@@ -166,7 +166,7 @@ PARTUNE_FN void step_entries(const SparseAdamWMatrix& m, const SparseAdamWDevice
 // SASS <BFloat16, BFloat16, BFloat16>: LDG.E.128 x2, LDG.E.64 x2, STG.E.128, STG.E.64 x2
 template <typename Weight, typename Grad, typename State, typename Real, int kBlock>
 __global__ void __launch_bounds__(kBlock, sizeof(Real) == 4 ? 3 : 2)
-    sparse_adamw_kernel(const GRID_CONSTANT SparseAdamWLaunch<Real> launch) {
+    sparse_adamw_kernel(LAUNCH_PARAMETER(SparseAdamWLaunch<Real>) launch) {
   SHARED(AdamWCoefficients<Real>, coefficients, [1]);
   SHARED(int64_t, tile_rows, [2]);
   const int number = matrix_of_block(launch.batch, int(blockIdx.x));
@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(kBlock, sizeof(Real) == 4 ? 3 : 2)
 // SASS: LDG.E.128
 template <typename Word, int kBlock>
 __global__ void __launch_bounds__(kBlock)
-    found_inf_kernel(const GRID_CONSTANT SparseAdamWBatch batch, const Word exponent, float* found_inf) {
+    found_inf_kernel(LAUNCH_PARAMETER(SparseAdamWBatch) batch, const Word exponent, float* found_inf) {
   SHARED(int64_t, tile_rows, [2]);
   const int number = matrix_of_block(batch, int(blockIdx.x));
   const SparseAdamWMatrix& m = batch.matrices[number];
@@ -228,7 +228,7 @@ PARTUNE_FN void carry_value(const RemapValues& values, int64_t from, int64_t to)
 // A thread looks up its new entries' columns in the old row. kept counts those that it finds.
 // SASS: none (a binary search reads one index at a time)
 template <int kBlock>
-__global__ void __launch_bounds__(kBlock) remap_kernel(const GRID_CONSTANT RemapLaunch launch) {
+__global__ void __launch_bounds__(kBlock) remap_kernel(LAUNCH_PARAMETER(RemapLaunch) launch) {
   SHARED(int64_t, tile_rows, [2]);
   const CsrPair& csrs = launch.csrs;
   const EntryTile<kBlock> tile(int(blockIdx.x), csrs.new_nnz);

@@ -2,7 +2,7 @@
 
 PARTUNE_EMULATOR chooses the build: `plain`, `asan` (AddressSanitizer and UBSan) or `tsan`
 (ThreadSanitizer as the race checker). The last two need the sanitizer's runtime in the process from
-its start: `make test-sanitized` sees to that.
+its start: `make sanitize-asan` and `make sanitize-tsan` see to that.
 """
 
 from __future__ import annotations
@@ -66,12 +66,15 @@ def build(mode: str = MODE, target: str = "all") -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "build.ninja").exists():
-            _run(
-                "cmake", "-S", SOURCE, "-B", folder, "-G", "Ninja", f"-DMODE={mode}",
-                f"-DTORCH_ROOT={Path(torch.__file__).parent}", f"-DCUDA_INCLUDE={cuda_headers()}",
-                f"-DCUTE_INCLUDE={cute_headers() if mode == 'plain' else ''}",
-            )  # fmt: skip
+        options = (
+            f"-DMODE={mode}", f"-DTORCH_ROOT={Path(torch.__file__).parent}",
+            f"-DCUDA_INCLUDE={cuda_headers()}",
+            f"-DCUTE_INCLUDE={cute_headers() if mode == 'plain' else ''}",
+        )  # fmt: skip
+        made_with = folder / "options"
+        if not made_with.exists() or made_with.read_text() != "\n".join(options):
+            _run("cmake", "-S", SOURCE, "-B", folder, "-G", "Ninja", *options)
+            made_with.write_text("\n".join(options))
         _run("cmake", "--build", folder, "--target", target)
     return folder
 
@@ -112,16 +115,6 @@ def order(kind: int, seed: int, fill: int) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(deterministic)
         _control().emulator_set_order(*ORDERS[0])
-
-
-@contextmanager
-def arch(number: int) -> Iterator[None]:
-    """Launches have the limits of this architecture (90 for sm_90) instead of the smallest's."""
-    _control().emulator_set_arch(number)
-    try:
-        yield
-    finally:
-        _control().emulator_set_arch(75)
 
 
 class InAllOrders:

@@ -31,7 +31,6 @@
       &emulated_key_##name, sizeof(emulated_type_##name), alignof(emulated_type_##name)))
 #define DYN_SHARED(T, name) T* name = static_cast<T*>(emulator::dynamic_shared())
 // NOLINTEND(bugprone-macro-parentheses)
-#define GRID_CONSTANT
 #define LAUNCH_PARAMETER(...) const __VA_ARGS__&  // not copied for each thread
 
 #define LAUNCH(kernel, ...) \

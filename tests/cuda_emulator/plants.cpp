@@ -218,7 +218,7 @@ Bytes run_sum_by_last_block() {
 
 // clang-format off
 enum class Fault {
-  kSameValue, kFewOrders, kWarpExchange, kWarpExchangeByShuffle, kTwoBlocks, kAtomicAndRead,
+  kSameValue, kFewOrders, kWarpExchange, kWarpExchangeByShuffle, kTwoBlocks, kTwoBlocksBehindBarriers, kAtomicAndRead,
   kDynamicOverrun, kLocalOverrun, kMisalignedPack, kMisalignedAtomic, kShiftTooFar, kIndexOverflow,
   kEarlyReturn, kBarrierCount, kTwoBarriers, kExitedLane, kAbsentCaller, kMismatch, kAbsentSource,
 };
@@ -240,6 +240,13 @@ __global__ void fault(int* words, int four, int large) {
     if (i < 32) words[i] = shared[(lane + 1) % 32];
   } else if (kFault == Fault::kTwoBlocks) {
     if (i == 0) words[0] = int(blockIdx.x);
+  } else if (kFault == Fault::kTwoBlocksBehindBarriers) {
+    if (i == 0 && blockIdx.x == 0) words[0] = 1;
+    for (int k = 0; k < 3; ++k) {
+      __syncthreads();
+      __syncwarp();
+    }
+    if (i == 0 && blockIdx.x == 1) words[1] = words[0];
   } else if (kFault == Fault::kAtomicAndRead) {
     if (i == 0) atomicAdd(words, 1);
     if (i == 1) words[1] = words[0];
@@ -287,8 +294,9 @@ __global__ void fault(int* words, int four, int large) {
 template <Fault kFault>
 Bytes run_fault() {
   std::vector<int> words(64);
-  LAUNCH(fault<kFault>, dim3(kFault == Fault::kTwoBlocks ? 2 : 1), dim3(kBlock),
-         kBlock * sizeof(int) - sizeof(int), nullptr, words.data(), 4, 1 << 30);
+  constexpr bool kTwo = kFault == Fault::kTwoBlocks || kFault == Fault::kTwoBlocksBehindBarriers;
+  LAUNCH(fault<kFault>, dim3(kTwo ? 2 : 1), dim3(kBlock), kBlock * sizeof(int) - sizeof(int), nullptr,
+         words.data(), 4, 1 << 30);
   return bytes_of(words);
 }
 
@@ -304,7 +312,7 @@ __global__ void use_static_shared(int* words) {
 struct Parameters {
   char bytes[32764];
 };
-__global__ void use_parameters(const GRID_CONSTANT Parameters parameters, int last) {
+__global__ void use_parameters(LAUNCH_PARAMETER(Parameters) parameters, int last) {
   if (parameters.bytes[0] != last) __trap();
 }
 __global__ void use_all_parameters(LAUNCH_PARAMETER(Parameters) parameters) {
@@ -358,6 +366,7 @@ const Plant kPlants[] = {
     {"warp_exchange", run_fault<Fault::kWarpExchange>},
     {"warp_exchange_by_shuffle", run_fault<Fault::kWarpExchangeByShuffle>},
     {"two_blocks_one_word", run_fault<Fault::kTwoBlocks>},
+    {"two_blocks_behind_barriers", run_fault<Fault::kTwoBlocksBehindBarriers>},
     {"atomic_and_plain_read", run_fault<Fault::kAtomicAndRead>},
     {"last_block_without_fence", run_sum_by_last_block<false>},
     {"read_past_the_last_row", run_row_sum<RowSum::kPastTheRow>},

@@ -121,6 +121,7 @@ void Grid::run_block(uint64_t number, uint64_t turn) {
     warps_[i].waiting = 0;
   }
   barrier_.arrived = barrier_.votes = 0;
+  sync_ = static_cast<char*>(fresh_memory(2 + 3 * warps_.size(), 16));
   if (launch_.shared_bytes > 0) dynamic_shared_ = fresh_memory(launch_.shared_bytes, 128);
   if (sanitizer::kChecksRaces) {
     // Made here, not where a thread starts: whoever makes an identity is ordered before it.
@@ -140,7 +141,9 @@ void Grid::run_block(uint64_t number, uint64_t turn) {
 void Grid::free_shared() {
   if (dynamic_shared_) outlived_.push_back(dynamic_shared_);
   for (const SharedArray& array : static_shared_) outlived_.push_back(array.memory);
+  if (sync_) outlived_.push_back(sync_);
   dynamic_shared_ = nullptr;
+  sync_ = nullptr;
   static_shared_.clear();
   static_bytes_ = 0;
   if (sanitizer::kChecksRaces) return;
@@ -373,11 +376,10 @@ void Grid::collective(const char* name, Exchange exchange, unsigned mask, void* 
   }
 }
 
-// Of all warp builtins the only one that orders memory. Each of a whole warp's has another word than
-// the one before it, which lanes may still be leaving.
+// Of all warp builtins the only one that orders memory.
 void Grid::sync_warp(unsigned mask, CallSite site) {
-  Warp& warp = warps_[size_t(current_) / 32];
-  char* const sync = mask == kFullMask ? &warp.sync[warp.phase] : &warp.part_sync;
+  const size_t number = size_t(current_) / 32;
+  char* const sync = sync_ + 2 + 3 * number + (mask == kFullMask ? warps_[number].phase : 2);
   sanitizer::release(sync);
   collective("__syncwarp", nullptr, mask, nullptr, site);
   sanitizer::acquire(sync);
@@ -403,7 +405,7 @@ int Grid::sync_block(const char* name, Vote vote, bool predicate, CallSite site)
     }
   }
   barrier_.votes += predicate ? 1 : 0;
-  char* const sync = &barrier_.sync[barrier_.phase];
+  char* const sync = sync_ + barrier_.phase;
   sanitizer::release(sync);
   // An exited thread never arrives: then it is a deadlock.
   if (++barrier_.arrived == int(threads_.size())) {

@@ -38,8 +38,7 @@ struct Thread {
 
 struct Warp {
   unsigned alive, waiting;  // a bit per lane
-  int phase;
-  char sync[2], part_sync;  // words through which __syncwarp orders memory
+  int phase;                // alternates with each __syncwarp of all lanes
 };
 
 // How the threads of the block stand at __syncthreads.
@@ -47,8 +46,7 @@ struct Barrier {
   int arrived, votes, first;  // first: the thread that came first
   Vote vote;
   int result;
-  int phase;
-  char sync[2];  // successive barriers order memory through different words
+  int phase;  // alternates with each barrier
 };
 
 struct SharedArray {
@@ -104,7 +102,10 @@ class Grid {
   std::vector<SharedArray> static_shared_;
   size_t static_bytes_ = 0;
   void* dynamic_shared_ = nullptr;
-  std::vector<void*> outlived_;  // shared memory of blocks that have run
+  // Words through which barriers order memory: two of the block, three of each warp. Successive
+  // barriers use different ones, which threads may still be leaving; no block uses another's.
+  char* sync_ = nullptr;
+  std::vector<void*> outlived_;  // memory of blocks that have run
   Fiber host_;
   std::string error_;
   uint64_t random_state_;

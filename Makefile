@@ -19,7 +19,7 @@ TIDY := $(filter-out $(if $(or $(filter 0,$(PARTUNE_CUDA)),$(filter cpu,$(PARTUN
 EMULATOR := $(wildcard tests/cuda_emulator/*.cpp tests/cuda_emulator/*.h)
 LINTED := python tests examples benchmarks setup.py .ci
 
-.PHONY: help build demo test test-all sanitize-asan sanitize-tsan bench kernels lint format wheel test-torch gpu-check clean FORCE
+.PHONY: help build demo test test-all sanitize-asan sanitize-tsan mutants bench kernels lint format wheel test-torch gpu-check clean FORCE
 .DELETE_ON_ERROR:
 
 help:
@@ -28,6 +28,7 @@ help:
 	@echo "make test-all  all tests, the slow ones too, on every instruction set of this machine"
 	@echo "make sanitize-asan, make sanitize-tsan  the CUDA kernels on the CPU under a sanitizer: memory, races"
 	@echo "make bench     every figure beside its peer and its limit"
+	@echo "make mutants   whether the tests notice a missing barrier, bound check or index term (an hour)"
 	@echo "make kernels   registers, shared memory and bytes moved of the CUDA kernels, into docs/kernels.md"
 	@echo "make lint      ruff, mypy, clang-format, clang-tidy"
 	@echo "make format    ruff and clang-format, applied"
@@ -53,6 +54,9 @@ test-all: .venv/.test
 
 sanitize-asan sanitize-tsan: sanitize-%: .venv/.test
 	PYTHONPATH=tests $(RUN) -m cuda_emulator $* $(ARGS)
+
+mutants: .venv/.test
+	$(RUN) tests/cuda_emulator/mutants.py $(ARGS)
 
 bench: .venv/.bench
 	$(RUN) -m pytest benchmarks $(ARGS)

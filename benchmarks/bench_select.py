@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from conftest import Comparison, copy_bandwidth
 
 import partune.ops  # noqa: F401  (registers the ops)
+from conftest import Comparison, copy_bandwidth
 
 TOPK = torch.ops.partune.topk_csr.default
 THRESHOLD = torch.ops.partune.threshold_csr.default

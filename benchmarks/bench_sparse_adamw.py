@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import Comparison, copy_bandwidth
 from torch import Tensor
 
+from conftest import Comparison, copy_bandwidth
 from partune import _native
 from partune.optim import SparseAdamW
 from partune.selection import Magnitude

@@ -1,6 +1,6 @@
 // A tile of entries is gathered into arrays that fit the L1 cache, stepped there in loops that the
-// compiler turns into vectors, and scattered back. What is scattered in memory is known a tile ahead,
-// so that the cache lines of the next tile are on their way while this one is computed.
+// compiler turns into vectors, and scattered back. What is scattered in memory is known some tiles ahead,
+// so that their cache lines are on their way while this one is computed.
 #include "sparse_adamw_cpu.h"
 
 #include "philox_cpu.h"
@@ -13,13 +13,14 @@ namespace partune {
 namespace PARTUNE_ISA {
 namespace {
 
-constexpr int kTile = 1024;
+constexpr int kTile = 128;  // short enough that arithmetic overlaps the neighbours' waits for memory
+constexpr int kAhead = 4;   // tiles between the request of a line and its use
 
 // Where the entries of a tile are: in the matrix (row·columns + column), and in memory.
 struct TileOffsets {
-  int64_t index[kTile];
-  int64_t weight[kTile];  // filled, like grad, only where strides make it differ from index
-  int64_t grad[kTile];
+  int64_t index[kTile + kWords];
+  int64_t weight[kTile + kWords];  // filled, like grad, only where strides make it differ from index
+  int64_t grad[kTile + kWords];
 };
 
 bool weight_is_contiguous(const SparseAdamWMatrix& m) {
@@ -34,6 +35,19 @@ struct Cursor {
   int64_t position, row;
 };
 
+// out[i] = base + columns[i]·stride. In whole vectors where `beyond` says that kWords more columns can
+// be read; out has room for them.
+PARTUNE_FN void place_columns(const int32_t* columns, int count, int64_t base, int64_t stride, bool beyond,
+                              int64_t* out) {
+  if (!beyond) {
+    for (int i = 0; i < count; ++i) out[i] = base + columns[i] * stride;
+    return;
+  }
+  for (int i = 0; i < count; i += kWords) {
+    for (int lane = i; lane < i + kWords; ++lane) out[lane] = base + columns[lane] * stride;
+  }
+}
+
 void locate(const SparseAdamWMatrix& m, Cursor& cursor, int64_t end, TileOffsets& tile) {
   const int count = int(end - cursor.position < kTile ? end - cursor.position : kTile);
   const bool strided_weight = !weight_is_contiguous(m);
@@ -41,43 +55,61 @@ void locate(const SparseAdamWMatrix& m, Cursor& cursor, int64_t end, TileOffsets
   for (int filled = 0; filled < count;) {
     while (m.crow_indices[cursor.row + 1] <= cursor.position) ++cursor.row;
     const int64_t left = m.crow_indices[cursor.row + 1] - cursor.position;
-    const int stop = int(left < count - filled ? filled + left : count);
-    const int32_t* columns = m.col_indices + cursor.position - filled;
+    const int here = int(left < count - filled ? left : count - filled);
+    const int32_t* columns = m.col_indices + cursor.position;
     const int64_t row = cursor.row;
-    cursor.position += stop - filled;
-    for (int i = filled; i < stop; ++i) tile.index[i] = row * m.columns + columns[i];
+    const bool beyond = cursor.position + here + kWords <= m.nnz;
+    place_columns(columns, here, row * m.columns, 1, beyond, tile.index + filled);
     if (strided_weight) {
-      for (int i = filled; i < stop; ++i) {
-        tile.weight[i] = row * m.weight_row_stride + columns[i] * m.weight_column_stride;
-      }
+      place_columns(columns, here, row * m.weight_row_stride, m.weight_column_stride, beyond,
+                    tile.weight + filled);
     }
     if (strided_grad) {
-      for (int i = filled; i < stop; ++i) {
-        tile.grad[i] = row * m.grad_row_stride + columns[i] * m.grad_column_stride;
-      }
+      place_columns(columns, here, row * m.grad_row_stride, m.grad_column_stride, beyond, tile.grad + filled);
     }
-    filled = stop;
+    cursor.position += here;
+    filled += here;
   }
 }
 
-// Gathers a tile while asking for the cache lines of the next. Spread over this loop the requests keep
-// the memory busy without filling its queue; they go to the L2 cache, whose queue is the longer one
-// (measured on Zen 4: 1.6 times the speed of requests to L1).
+// Asks for a cache line that a later tile gathers from, in the L2 cache: its queue of misses is longer
+// than L1's.
 template <typename Stored>
-void gather(const Stored* source, const int64_t* offsets, const int64_t* next, int count, Stored* out) {
-  for (int i = 0; i < count; ++i) {
-    __builtin_prefetch(source + next[i], 0, 2);
+void request(const Stored* line) {
+  __builtin_prefetch(line, 0, 2);
+}
+
+// Gathers a tile while asking for the lines of the one that comes kAhead tiles later. Spread over this
+// loop the requests keep the memory busy without filling its queue.
+template <typename Stored>
+void gather(const Stored* source, const int64_t* offsets, const int64_t* ahead, int count, Stored* out) {
+  int i = 0;
+  for (; i + kGathered <= count; i += kGathered) {
+    for (int lane = 0; lane < kGathered; ++lane) request(source + ahead[i + lane]);
+    gather_lanes(source, offsets + i, out + i);
+  }
+  for (; i < count; ++i) {
+    request(source + ahead[i]);
     out[i] = source[offsets[i]];
   }
 }
 
 // The same for weights and gradients that lie alike.
 template <typename Weight, typename Grad>
-void gather_both(const Weight* weight, const Grad* grad, const int64_t* offsets, const int64_t* next,
+void gather_both(const Weight* weight, const Grad* grad, const int64_t* offsets, const int64_t* ahead,
                  int count, Weight* weight_out, Grad* grad_out) {
-  for (int i = 0; i < count; ++i) {
-    __builtin_prefetch(weight + next[i], 0, 2);
-    __builtin_prefetch(grad + next[i], 0, 2);
+  int i = 0;
+  for (; i + kGathered <= count; i += kGathered) {
+    for (int lane = 0; lane < kGathered; ++lane) {
+      request(weight + ahead[i + lane]);
+      request(grad + ahead[i + lane]);
+    }
+    gather_lanes(weight, offsets + i, weight_out + i);
+    gather_lanes(grad, offsets + i, grad_out + i);
+  }
+  for (; i < count; ++i) {
+    request(weight + ahead[i]);
+    request(grad + ahead[i]);
     weight_out[i] = weight[offsets[i]];
     grad_out[i] = grad[offsets[i]];
   }
@@ -170,20 +202,28 @@ class Stepper {
         draw_step_(uint32_t(*m.state_step) + s.offset) {}
 
   void run(int64_t begin, int64_t end) {
-    TileOffsets offsets[2];
+    TileOffsets ring[kAhead + 1];  // the tile at `place`, then those to come
     Cursor cursor{begin, is_sparse_ ? row_of(m_.crow_indices, 0, m_.rows - 1, begin) : 0};
-    if (is_sparse_) locate(m_, cursor, end, offsets[0]);
-    int parity = 0;
-    for (int64_t tile = begin; tile < end; tile += kTile, parity ^= 1) {
+    if (is_sparse_) {
+      for (int i = 0; i < kAhead && cursor.position < end; ++i) {
+        const int count = int(end - cursor.position < kTile ? end - cursor.position : kTile);
+        locate(m_, cursor, end, ring[i]);
+        request_tile(count, ring[i]);
+      }
+    }
+    int place = 0;
+    for (int64_t tile = begin; tile < end; tile += kTile) {
       const int count = int(end - tile < kTile ? end - tile : kTile);
-      TileOffsets& now = offsets[parity];
-      const bool next_is_full = tile + 2 * int64_t(kTile) <= end;
+      TileOffsets& now = ring[place];
+      TileOffsets& ahead = ring[place == 0 ? kAhead : place - 1];
+      const bool ahead_is_full = tile + (kAhead + 1) * int64_t(kTile) <= end;
       if (is_sparse_) {
-        if (tile + kTile < end) locate(m_, cursor, end, offsets[parity ^ 1]);
+        if (cursor.position < end) locate(m_, cursor, end, ahead);
       } else {
         for (int i = 0; i < count; ++i) now.index[i] = tile + i;
       }
-      step_tile(tile, count, now, next_is_full ? offsets[parity ^ 1] : now);
+      step_tile(tile, count, now, ahead_is_full ? ahead : now);
+      place = place == kAhead ? 0 : place + 1;
     }
   }
 
@@ -195,31 +235,40 @@ class Stepper {
     return grad_is_contiguous(m_) ? tile.index : tile.grad;
   }
 
-  void gather_tile(int count, const TileOffsets& now, const TileOffsets& next) {
+  void request_tile(int count, const TileOffsets& tile) const {
+    const int64_t* weight = weight_offsets(tile);
+    const int64_t* grad = grad_offsets(tile);
+    for (int i = 0; i < count; ++i) {
+      request(static_cast<const Weight*>(m_.weight) + weight[i]);
+      if (!m_.grad_is_compact) request(static_cast<const Grad*>(m_.grad) + grad[i]);
+    }
+  }
+
+  void gather_tile(int count, const TileOffsets& now, const TileOffsets& ahead) {
     const Weight* weight = static_cast<const Weight*>(m_.weight);
     const Grad* grad = static_cast<const Grad*>(m_.grad);
     const bool wants_weight = !has_master(), wants_grad = !m_.grad_is_compact;
     if (wants_weight && wants_grad && weight_offsets(now) == grad_offsets(now)) {
-      gather_both(weight, grad, now.index, next.index, count, values_.raw_weight, values_.raw_grad);
+      gather_both(weight, grad, now.index, ahead.index, count, values_.raw_weight, values_.raw_grad);
       return;
     }
     if (wants_weight) {
-      gather(weight, weight_offsets(now), weight_offsets(next), count, values_.raw_weight);
+      gather(weight, weight_offsets(now), weight_offsets(ahead), count, values_.raw_weight);
     } else {
-      const int64_t* ahead = weight_offsets(next);
-      for (int i = 0; i < count; ++i) __builtin_prefetch(weight + ahead[i], 1, 2);
+      const int64_t* offsets = weight_offsets(ahead);
+      for (int i = 0; i < count; ++i) request(weight + offsets[i]);
     }
-    if (wants_grad) gather(grad, grad_offsets(now), grad_offsets(next), count, values_.raw_grad);
+    if (wants_grad) gather(grad, grad_offsets(now), grad_offsets(ahead), count, values_.raw_grad);
   }
 
   bool has_master() const { return kRoundedWeight && m_.master; }
 
-  void step_tile(int64_t tile, int count, const TileOffsets& now, const TileOffsets& next) {
+  void step_tile(int64_t tile, int count, const TileOffsets& now, const TileOffsets& ahead) {
     Weight* stored_weight = is_sparse_ ? values_.raw_weight : static_cast<Weight*>(m_.weight) + tile;
     Grad* stored_grad = values_.raw_grad;
     State* stored_exp_avg = static_cast<State*>(m_.exp_avg) + tile;
     State* stored_exp_avg_sq = static_cast<State*>(m_.exp_avg_sq) + tile;
-    if (is_sparse_) gather_tile(count, now, next);
+    if (is_sparse_) gather_tile(count, now, ahead);
     if (!is_sparse_ || m_.grad_is_compact)
       stored_grad = static_cast<Grad*>(const_cast<void*>(m_.grad)) + tile;
 

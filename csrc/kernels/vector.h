@@ -95,4 +95,42 @@ PARTUNE_FN Words load_words(const uint64_t* from) {
   return v;
 }
 
+// out[i] = source[offsets[i]] for kGathered lanes. Zen 4 keeps more misses under way in one gather
+// than in as many loads (measured: a fifth off a step's time).
+constexpr int kGathered = 8;
+#if defined(__AVX512F__)
+constexpr __mmask8 kAllGathered = 0xff;  // of the unmasked ones gcc 12 says that they read what isn't set
+PARTUNE_FN void gather_lanes(const double* source, const int64_t* offsets, double* out) {
+  _mm512_storeu_pd(out, _mm512_mask_i64gather_pd(_mm512_setzero_pd(), kAllGathered,
+                                                 _mm512_loadu_si512(offsets), source, 8));
+}
+PARTUNE_FN void gather_lanes(const float* source, const int64_t* offsets, float* out) {
+  _mm256_storeu_ps(out, _mm512_mask_i64gather_ps(_mm256_setzero_ps(), kAllGathered,
+                                                 _mm512_loadu_si512(offsets), source, 4));
+}
+// Of 16 bits: from the aligned words that hold them, which never reach into another page.
+PARTUNE_FN void gather_halves(const void* source, const int64_t* offsets, void* out) {
+  const __m512i address =
+      _mm512_add_epi64(_mm512_maskz_slli_epi64(kAllGathered, _mm512_loadu_si512(offsets), 1),
+                       _mm512_set1_epi64(int64_t(source)));
+  const __m256i words = _mm512_mask_i64gather_epi32(
+      _mm256_setzero_si256(), kAllGathered, _mm512_and_si512(address, _mm512_set1_epi64(-4)), nullptr, 1);
+  const __m256i bits = _mm512_maskz_cvtepi64_epi32(
+      kAllGathered,
+      _mm512_maskz_slli_epi64(kAllGathered, _mm512_and_si512(address, _mm512_set1_epi64(2)), 3));
+  _mm_storeu_si128(static_cast<__m128i*>(out), _mm256_cvtepi32_epi16(_mm256_srlv_epi32(words, bits)));
+}
+PARTUNE_FN void gather_lanes(const BFloat16* source, const int64_t* offsets, BFloat16* out) {
+  gather_halves(source, offsets, out);
+}
+PARTUNE_FN void gather_lanes(const Half* source, const int64_t* offsets, Half* out) {
+  gather_halves(source, offsets, out);
+}
+#else
+template <typename Stored>
+PARTUNE_FN void gather_lanes(const Stored* source, const int64_t* offsets, Stored* out) {
+  for (int i = 0; i < kGathered; ++i) out[i] = source[offsets[i]];
+}
+#endif
+
 }  // namespace partune

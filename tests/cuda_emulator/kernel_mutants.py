@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import bisect
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,14 +17,24 @@ KERNELS = ROOT / "csrc" / "kernels"
 WORK = ROOT / "build" / "mutants"
 
 SWITCH = """
-#include <cstdlib>
 namespace partune {
-static inline int read_mutant() {
-  const char* text = std::getenv("PARTUNE_MUTANT");
-  return text ? std::atoi(text) : 0;
+inline int chosen_mutant = 0;
+inline unsigned char mutants_reached[COUNT + 1];
+static inline __attribute__((always_inline)) bool mutant(int number) {
+  if (chosen_mutant < 0) __atomic_store_n(&mutants_reached[number], 1, __ATOMIC_RELAXED);
+  return number == chosen_mutant;
 }
-static const int chosen_mutant = read_mutant();
-static inline bool mutant(int number) { return number == chosen_mutant; }
+extern "C" {
+// The mutant that is in force from now on; 0: none; below: none, and places come to are noted.
+__attribute__((used, visibility("default"))) inline void partune_choose_mutant(int number) {
+  chosen_mutant = number;
+  for (unsigned char& reached : mutants_reached) reached = 0;
+}
+__attribute__((used, visibility("default"))) inline int partune_mutant_count() { return COUNT; }
+__attribute__((used, visibility("default"))) inline int partune_mutant_reached(int number) {
+  return mutants_reached[number];
+}
+}
 }  // namespace partune
 """
 
@@ -381,15 +390,27 @@ def collect() -> list[Source]:
 
 
 def write_copy(sources: list[Source]) -> None:
-    """The kernels with their mutants, and the emulator beside them."""
-    shutil.rmtree(WORK / "csrc", ignore_errors=True)
-    shutil.copytree(ROOT / "csrc", WORK / "csrc")
+    """The kernels with their mutants, and the emulator beside them; what is the same stays."""
+    emulator = Path(__file__).parent
+    texts = {
+        path.relative_to(ROOT): path.read_text()
+        for folder in (ROOT / "csrc", emulator)
+        for path in folder.rglob("*.*")
+        if path.suffix != ".pyc"
+    }
     for source in sources:
-        (WORK / "csrc" / "kernels" / source.path.name).write_text(source.rewritten())
+        texts[source.path.relative_to(ROOT)] = source.rewritten()
     # The switch itself stands in the header that all of them include.
-    kit = WORK / "csrc" / "kernels" / "kit.cuh"
-    kit.write_text(kit.read_text().replace("#pragma once", "#pragma once" + SWITCH, 1))
-    emulator = WORK / "tests" / "cuda_emulator"
-    shutil.copytree(Path(__file__).parent, emulator, dirs_exist_ok=True)
-    lists = emulator / "CMakeLists.txt"
-    lists.write_text(lists.read_text().replace("-Werror ", ""))
+    kit = (KERNELS / "kit.cuh").relative_to(ROOT)
+    switch = SWITCH.replace("COUNT", str(sum(len(source.mutants) for source in sources)))
+    texts[kit] = texts[kit].replace("#pragma once", "#pragma once" + switch, 1)
+    lists = (emulator / "CMakeLists.txt").relative_to(ROOT)
+    texts[lists] = texts[lists].replace("-Werror ", "")
+    for path in WORK.glob("csrc/**/*.*"):
+        if path.relative_to(WORK) not in texts:
+            path.unlink()
+    for name, text in texts.items():
+        path = WORK / name
+        if not path.exists() or path.read_text() != text:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)

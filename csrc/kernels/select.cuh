@@ -58,12 +58,6 @@ PARTUNE_FN int64_t tile_columns_of(const Source& source) {
   return (source.columns + kTileColumns - 1) / kTileColumns;
 }
 
-template <typename Source>
-PARTUNE_FN int64_t tiles_of(const Source& source) {
-  constexpr int kRows = kTileRows<typename Source::Score>;
-  return (source.rows + kRows - 1) / kRows * tile_columns_of(source);
-}
-
 // ---- the k-th best key ----
 
 // bins[digit of key] += 1 for each score whose higher digits are those known so far.
@@ -72,7 +66,7 @@ PARTUNE_FN int64_t tiles_of(const Source& source) {
 // SASS <FactorScores<float>> sm_80+: LDGSTS.E.BYPASS.128 x2
 template <typename Source, int kBlock>
 __global__ void __launch_bounds__(kBlock)
-    select_histogram_kernel(const Source source, const Digit digit, bool largest,
+    select_histogram_kernel(const Source source, int64_t tiles, const Digit digit, bool largest,
                             const SelectState<KeyFrom<Source>>* state, unsigned long long* bins) {
   using Key = KeyFrom<Source>;
   SHARED(uint32_t, counts, [kBins]);
@@ -80,7 +74,6 @@ __global__ void __launch_bounds__(kBlock)
   __syncthreads();
   const Key known = digit.highest ? 0 : state->threshold;
   const int64_t tile_columns = tile_columns_of(source);
-  const int64_t tiles = tiles_of(source);
   for (int64_t number = blockIdx.x; number < tiles; number += gridDim.x) {
     ScoreTile<typename Source::Score> tile = place_tile<typename Source::Score>(number, tile_columns);
     source.fill(tile);
@@ -131,31 +124,28 @@ template <typename Key, int kBlock>
 __global__ void __launch_bounds__(kBlock)
     select_narrow_kernel(const Digit digit, int64_t k, SelectState<Key>* state, unsigned long long* bins) {
   constexpr int kThreadBins = kBins / kBlock;
+  static_assert(kThreadBins <= 2, "a digit has an even number of values: a thread has all its bins or none");
   const Key known = digit.highest ? 0 : state->threshold;
   const int64_t wanted = digit.highest ? k : state->wanted;
   const int best = (1 << digit.bits) - 1 - int(threadIdx.x) * kThreadBins;
-  int64_t counts[kThreadBins], sum = 0;
+  int64_t counts[kThreadBins] = {}, sum = 0;
   PARTUNE_UNROLL
   for (int i = 0; i < kThreadBins; ++i) {
-    counts[i] = best - i >= 0 ? int64_t(bins[best - i]) : 0;
-    if (best - i >= 0) bins[best - i] = 0;
+    if (best >= 0) {
+      counts[i] = int64_t(bins[best - i]);
+      bins[best - i] = 0;
+    }
     sum += counts[i];
   }
   int64_t better, total;
   block_scan<int64_t, kBlock>(sum, better, total);
   // Nothing wanted: the best digit, of which nobody is taken.
   if (wanted == 0 && threadIdx.x == 0) *state = {Key(known | Key(best) << digit.shift), 0};
-  if (better < wanted && wanted <= better + sum) {
-    int64_t rest = wanted - better;
-    bool found = false;
-    PARTUNE_UNROLL
-    for (int i = 0; i < kThreadBins; ++i) {
-      if (!found && rest <= counts[i]) {
-        *state = {Key(known | Key(best - i) << digit.shift), rest};
-        found = true;
-      }
-      rest -= counts[i];
-    }
+  PARTUNE_UNROLL
+  for (int i = 0; i < kThreadBins; ++i) {
+    const int64_t rest = wanted - better;  // to be taken of this bin and of worse ones
+    if (rest > 0 && rest <= counts[i]) *state = {Key(known | Key(best - i) << digit.shift), rest};
+    better += counts[i];
   }
 }
 
@@ -218,8 +208,8 @@ __global__ void __launch_bounds__(kBlock)
   }
 }
 
-// Within each row, counts become those of the tiles to the left; row_starts gets the row's own. A warp
-// takes a row.
+// Within each row, counts become those of the tiles to the left; row_starts gets those to the left of
+// the row's end. A warp takes a row.
 // SASS: none (eight bytes a lane, neighbours beside each other)
 template <int kBlock>
 __global__ void __launch_bounds__(kBlock)
@@ -228,9 +218,10 @@ __global__ void __launch_bounds__(kBlock)
   const int64_t row = int64_t(blockIdx.x) * (kBlock / 32) + threadIdx.x / 32;
   TileCount* counts = tile_counts + row * tile_columns;
   uint32_t above_before = 0, equal_before = 0;
-  for (int64_t first = 0; first < tile_columns; first += 32) {
-    const bool valid = row < rows && first + lane < tile_columns;
-    const TileCount own = valid ? counts[first + lane] : TileCount{0, 0};
+  for (int64_t first = 0; first <= tile_columns; first += 32) {
+    const int64_t column = first + lane;
+    const bool valid = row < rows && column < tile_columns;
+    const TileCount own = valid ? counts[column] : TileCount{0, 0};
     TileCount inclusive = own;
     PARTUNE_UNROLL
     for (int step = 1; step < 32; step *= 2) {
@@ -241,25 +232,25 @@ __global__ void __launch_bounds__(kBlock)
         inclusive.equal += equal;
       }
     }
-    if (valid) {
-      counts[first + lane] = {above_before + inclusive.above - own.above,
+    const TileCount before = {above_before + inclusive.above - own.above,
                               equal_before + inclusive.equal - own.equal};
-    }
+    if (valid) counts[column] = before;
+    if (row < rows && column == tile_columns) row_starts[row] = {before.above, before.equal};
     above_before += __shfl_sync(0xffffffffu, inclusive.above, 31);
     equal_before += __shfl_sync(0xffffffffu, inclusive.equal, 31);
   }
-  if (lane == 0 && row < rows) row_starts[row] = {int64_t(above_before), int64_t(equal_before)};
 }
 
-// row_starts become those of all rows above, and crow_indices follow. Equal entries are taken in
-// order, so those taken before a place are min(equal ones before it, wanted). One block.
+// row_starts become those of all rows above, and crow_indices follow, which has the end of the last row
+// too. Equal entries are taken in order, so those taken before a place are min(equal ones before it,
+// wanted). One block.
 // SASS: none (one block, neighbours beside each other)
 template <typename Key, int kBlock>
 __global__ void __launch_bounds__(kBlock) select_scan_kernel(RowStart* row_starts, int64_t* crow_indices,
                                                              int64_t rows, const SelectBound<Key> bound) {
   const int64_t wanted = read_bound(bound).wanted;
   int64_t above_before = 0, equal_before = 0;
-  for (int64_t first = 0; first < rows; first += kBlock) {
+  for (int64_t first = 0; first <= rows; first += kBlock) {
     const int64_t row = first + threadIdx.x;
     const RowStart own = row < rows ? row_starts[row] : RowStart{0, 0};
     int64_t above, equal, above_total, equal_total;
@@ -267,15 +258,10 @@ __global__ void __launch_bounds__(kBlock) select_scan_kernel(RowStart* row_start
     block_scan<int64_t, kBlock>(own.equal, equal, equal_total);
     above += above_before;
     equal += equal_before;
-    if (row < rows) {
-      row_starts[row] = {above, equal};
-      crow_indices[row] = above + (equal < wanted ? equal : wanted);
-    }
+    if (row < rows) row_starts[row] = {above, equal};
+    if (row <= rows) crow_indices[row] = above + (equal < wanted ? equal : wanted);
     above_before += above_total;
     equal_before += equal_total;
-  }
-  if (threadIdx.x == 0) {
-    crow_indices[rows] = above_before + (equal_before < wanted ? equal_before : wanted);
   }
 }
 

@@ -51,9 +51,8 @@ struct StoredScores {
       PARTUNE_UNROLL
       for (int half = 0; half < 2; ++half) {
         const int64_t column = tile.column + half * (kTileColumns / 2);
-        const int64_t left = row < rows ? columns - column : 0;
-        const Pack4<Stored> pack =
-            load_pack(scores + row * columns + column, int(left < 4 ? left : 4), aligned);
+        const int64_t count = row < rows ? columns - column : 0;
+        const Pack4<Stored> pack = load_pack(scores + row * columns + column, count, aligned);
         PARTUNE_UNROLL
         for (int j = 0; j < 4; ++j) tile.at[i][half][j] = widen(pack.at[j]);
       }
@@ -174,8 +173,7 @@ __global__ void __launch_bounds__(kBlock)
   for (int i = 0; i < 4; ++i) {
     pack.at[i] = uniform_from_bits(philox(uint64_t(first + i), uint32_t(*step), parameter_id, key).word[0]);
   }
-  const int64_t left = count - first;
-  store_pack(pack, scores + first, int(left < 4 ? left : 4), is_aligned(scores));
+  store_pack(pack, scores + first, count - first, is_aligned(scores));
 }
 
 }  // namespace partune

@@ -14,7 +14,6 @@ import mmap
 import os
 import resource
 import signal
-import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -136,7 +135,8 @@ class Server:
             return kills / (self.tests[index].seconds + 0.02)
 
         reaching = [i for i, test in enumerate(self.tests) if number in test.reached]
-        left, chosen = self.seconds, []
+        left = self.seconds
+        chosen: list[int] = []
         for index in sorted(reaching, key=promise, reverse=True):
             if chosen and left < self.tests[index].seconds:
                 continue
@@ -165,7 +165,8 @@ class Server:
             self.kills[fork.body, index] += 1
             self.kills["", index] += 1
         forever = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU
-        print(json.dumps(asdict(Outcome(fork.number, name, forever))), file=self.answers, flush=True)
+        outcome = asdict(Outcome(fork.number, name, forever))
+        print(json.dumps(outcome), file=self.answers, flush=True)
 
 
 def serve(arguments: list[str], mutants: list[Any], jobs: int, seconds: float) -> int:
@@ -175,7 +176,8 @@ def serve(arguments: list[str], mutants: list[Any], jobs: int, seconds: float) -
     import cuda_emulator
 
     torch.set_num_threads(1)
-    cuda_emulator.ORDERS = cuda_emulator.ORDERS[:2]
+    if cuda_emulator.MODE == "plain":  # the order in which most missing barriers tell
+        cuda_emulator.ORDERS = [(cuda_emulator.REVERSE, 0, 0xFF)]
     answers = os.fdopen(os.dup(1), "w")
     server = Server([(number, body) for number, body in mutants], jobs, seconds, answers)
     nowhere = os.open(os.devnull, os.O_RDWR)

@@ -23,7 +23,7 @@ from mutant_server import MODES, Outcome, serve
 
 SURVIVORS = Path(__file__).parent / "survivors.toml"
 # Seconds of tests for each mutant in the first rounds: in one mode or another most die of these.
-QUICK = 5.0
+QUICK = 3.0
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,12 @@ def report(mutants: list[Mutant], deaths: dict[int, Death], explained: dict[str,
             print(f"{m.file}:{m.line} {m.key}\n    {reason or 'NOT EXPLAINED'}")
         elif reason is not None:
             faults += 1
-            print(f"{m.file}:{m.line} {m.key}\n    EXPLAINED, BUT {deaths[m.number].outcome.test} FAILS")
+            test = deaths[m.number].outcome.test
+            print(f"{m.file}:{m.line} {m.key}\n    EXPLAINED, BUT {test} FAILS")
     forever = sum(death.outcome.forever for death in deaths.values())
     share = len(deaths) / max(len(mutants), 1)
-    print(f"{len(deaths)} of {len(mutants)} mutants killed ({share:.1%}); {forever} of these ran for ever")
+    print(f"{len(deaths)} of {len(mutants)} mutants killed ({share:.1%}),")
+    print(f"{forever} of these because a test took more than twenty times its processor time")
     return faults
 
 
@@ -118,6 +120,7 @@ def main() -> int:
         print("survivors.toml explains mutants that don't exist:", *sorted(unknown), sep="\n    ")
         return 1
     write_copy(sources)
+    (WORK / "outcomes.txt").write_text("")
     deaths: dict[int, Death] = {}
     modes = options.modes.split(",")
     for mode, seconds in [(m, s) for s in sorted({QUICK, options.seconds}) for m in modes]:
@@ -126,11 +129,12 @@ def main() -> int:
             alive = [m for m in alive if m.key not in explained]
         if not alive:
             continue
+        keys = {m.number: m.key for m in alive}
         for outcome in run_mode(mode, alive, arguments, options.jobs, seconds):
             if outcome.test is not None:
                 deaths[outcome.number] = Death(mode, outcome)
-        killed = {m.key: [d.mode, d.outcome.test] for m in mutants if (d := deaths.get(m.number))}
-        (WORK / "killed.json").write_text(json.dumps(killed, indent=1))
+            with open(WORK / "outcomes.txt", "a") as outcomes:
+                print(mode, seconds, keys[outcome.number], outcome.test or "LIVES", file=outcomes)
     return int(report(mutants, deaths, explained) > 0)
 
 

@@ -92,8 +92,8 @@ def remap(size: int) -> int:
 
 
 def select_constant(name: str) -> int:
-    """A constant of select.cuh."""
-    text = (ROOT / "csrc/kernels/select.cuh").read_text()
+    """A constant of family select's kernels."""
+    text = "".join(path.read_text() for path in (ROOT / "csrc/kernels").glob("select*.cuh"))
     return int(re.search(rf"constexpr int {name} = (\d+);", text)[1])
 
 

@@ -45,6 +45,7 @@ PLAIN = {
     "absent_caller": r"leaves the calling lane out, at .*plants\.cpp:\d+",
     "mismatch": r"deadlock(.|\n)*__ballot_sync .*plants\.cpp:\d+.*\n.*__shfl_sync .*plants\.cpp",
     "absent_source": r"reads lane 20, which doesn't take part, at .*plants\.cpp:\d+",
+    "lane_beyond_width": r"a shuffle of 16 lanes reads lane 16 at .*plants\.cpp:\d+",
     "large_block": r"impossible launch .*plants\.cpp:\d+: block of \(1025,1,1\) threads",
     "much_static_shared": "more than 48 KB are declared",
     "much_shared": "66560 bytes of shared memory, sm_75 has 64 KB",

@@ -82,11 +82,13 @@ KIT_INSTRUCTIONS = {"cp_async": "LDGSTS", "ldmatrix": "LDSM", "mma": "HMMA"}
 @pytest.mark.parametrize(
     "path", [path for path in kernel_files() if path.stem != "kit"], ids=lambda path: path.stem
 )
-def test_a_file_that_uses_a_special_instruction_promises_it(path: Path) -> None:
+def test_kernels_of_a_special_instruction_promise_it(path: Path) -> None:
     text = path.read_text()
+    users = [user for user in kernel_files() if f'#include "{path.name}"' in user.read_text()]
     promised = {
         wanted.split(".")[0]
-        for kernel in parse_kernels(text, path)
+        for user in (path, *users)
+        for kernel in parse_kernels(user.read_text(), user)
         for promise in kernel.promises or []
         for wanted in promise.counts
     }

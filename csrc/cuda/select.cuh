@@ -63,7 +63,7 @@ class Select {
       const Digit digit{left - bits, bits, left == kKeyBits};
       left -= bits;
       error = LAUNCH((select_histogram_kernel<Source, kSelectBlock>), dim3(unsigned(blocks)),
-                     dim3(kSelectBlock), 0, stream, select.source_, digit, task.largest,
+                     dim3(kSelectBlock), 0, stream, select.source_, select.tiles_, digit, task.largest,
                      select.workspace_.state, select.workspace_.bins);
       if (error != cudaSuccess) break;
       error = LAUNCH((select_narrow_kernel<Key, kNarrowBlock>), dim3(1), dim3(kNarrowBlock), 0, stream, digit,

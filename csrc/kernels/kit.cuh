@@ -113,16 +113,17 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
 
 namespace partune {
 
-// Four neighbours, read and written in one access where memory is aligned to all of them.
+// Four neighbours, read and written in one access where memory is aligned to all of them; the first
+// `count` of them where fewer are there.
 template <typename T>
 struct alignas(4 * sizeof(T)) Pack4 {
   T at[4];
 };
 
 template <typename T>
-PARTUNE_FN Pack4<T> load_pack(const T* from, int count, bool aligned) {
+PARTUNE_FN Pack4<T> load_pack(const T* from, int64_t count, bool aligned) {
   Pack4<T> pack = {};
-  if (aligned && count == 4) return *reinterpret_cast<const Pack4<T>*>(from);
+  if (aligned && count >= 4) return *reinterpret_cast<const Pack4<T>*>(from);
   PARTUNE_UNROLL
   for (int i = 0; i < 4; ++i) {
     if (i < count) pack.at[i] = from[i];
@@ -131,8 +132,8 @@ PARTUNE_FN Pack4<T> load_pack(const T* from, int count, bool aligned) {
 }
 
 template <typename T>
-PARTUNE_FN void store_pack(const Pack4<T>& pack, T* to, int count, bool aligned) {
-  if (aligned && count == 4) {
+PARTUNE_FN void store_pack(const Pack4<T>& pack, T* to, int64_t count, bool aligned) {
+  if (aligned && count >= 4) {
     *reinterpret_cast<Pack4<T>*>(to) = pack;
     return;
   }

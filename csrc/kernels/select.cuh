@@ -1,27 +1,15 @@
-// Family select on CUDA: radix selection. A block takes a tile of scores, which it reads from memory
-// or forms as a product of factors; three kinds of pass count, and one writes:
+// Family select on CUDA: radix selection. A block takes a tile of scores from select_scores.cuh; three
+// kinds of pass count, and one writes:
 //   histogram and narrow, for each digit of the keys: the key of the k-th best score, exactly;
 //   count and two scans: where the entries of each tile's rows begin in the CSR;
 //   emit: the CSR's columns.
-// A factors' tile is formed again in each pass by the same chain of fused multiply-adds, so all
-// passes see the same bits, and the CPU's.
+// Each pass forms a factors' tile again; all see the same bits, and the CPU's.
 //
 // Bytes moved: as select.h counts them; counters add 8 per 128 entries and pass.
 #pragma once
-#include "kit.cuh"
-#include "select.h"
+#include "select_scores.cuh"
 
 namespace partune {
-
-// A tile and how threads share it: a half-warp has whole rows, a thread eight entries of each of its.
-constexpr int kSelectBlock = 128;
-constexpr int kTileColumns = 128;
-constexpr int kRowThreads = 16;
-constexpr int kRowStep = kSelectBlock / kRowThreads;
-template <typename Score>
-constexpr int kThreadRows = 32 / int(sizeof(Score));  // a tile fills half of the registers
-template <typename Score>
-constexpr int kTileRows = kThreadRows<Score> * kRowStep;
 
 constexpr int kDigitBits = 11;
 constexpr int kBins = 1 << kDigitBits;
@@ -62,159 +50,12 @@ struct RowStart {
   int64_t above, equal;
 };
 
-// A thread's part of a tile: rows `row`, `row + kRowStep`, …; columns `column` to `column + 3`, and those 64
-// further on.
-template <typename Score>
-struct ScoreTile {
-  int64_t row, column;
-  Score at[kThreadRows<Score>][2][4];
-};
-
-template <typename Score>
-PARTUNE_FN ScoreTile<Score> place_tile(int64_t tile, int64_t tile_columns) {
-  ScoreTile<Score> result;
-  result.row = tile / tile_columns * kTileRows<Score> + threadIdx.x / kRowThreads;
-  result.column = tile % tile_columns * kTileColumns + int64_t(threadIdx.x % kRowThreads) * 4;
-  return result;
-}
-
-// ---- where scores come from: fill(tile) loads or computes a thread's part ----
-
-template <typename Stored, typename Real>
-struct StoredScores {
-  using Score = Real;
-  const Stored* scores;  // [rows, columns]
-  int64_t rows, columns;
-
-  PARTUNE_MEMBER void fill(ScoreTile<Score>& tile) const {
-    const bool aligned = is_aligned(scores) && columns % 4 == 0;
-    PARTUNE_UNROLL
-    for (int i = 0; i < kThreadRows<Score>; ++i) {
-      const int64_t row = tile.row + i * kRowStep;
-      PARTUNE_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        const int64_t column = tile.column + half * (kTileColumns / 2);
-        const int64_t left = row < rows ? columns - column : 0;
-        const Pack4<Stored> pack =
-            load_pack(scores + row * columns + column, int(left < 4 ? left : 4), aligned);
-        PARTUNE_UNROLL
-        for (int j = 0; j < 4; ++j) tile.at[i][half][j] = widen(pack.at[j]);
-      }
-    }
-  }
-};
-
-// |left @ right|. Both operands pass through shared memory a slice of the rank at a time; the next
-// slice is on its way while this one is used.
-template <typename Real>
-struct FactorScores {
-  using Score = Real;
-  static constexpr int kVector = 16 / int(sizeof(Real));
-  static constexpr int kDepth = 4 * kVector;
-  struct alignas(32) Slice {
-    Real left[kTileRows<Real>][kDepth];
-    Real right[kDepth][kTileColumns];
-  };
-  struct alignas(16) Vector {
-    Real at[kVector];
-  };
-
-  const Real* left;   // [rows, rank]
-  const Real* right;  // [rank, columns]
-  int64_t rows, columns, rank;
-
-  // Copies to[i][j] = from[i·stride + j], zeros where i or j is out of range.
-  template <int kRows, int kColumns>
-  static PARTUNE_MEMBER void copy_slice(Real (&to)[kRows][kColumns], const Real* from, int64_t stride,
-                                        int64_t valid_rows, int64_t valid_columns) {
-    const bool aligned = reinterpret_cast<uintptr_t>(from) % 16 == 0 && stride % kVector == 0;
-    if (aligned) {
-      constexpr int kVectors = kColumns / kVector;
-      for (int i = int(threadIdx.x); i < kRows * kVectors; i += kSelectBlock) {
-        const int row = i / kVectors, column = i % kVectors * kVector;
-        const bool valid = row < valid_rows && column < valid_columns;
-        cp_async<16>(&to[row][column], valid ? from + row * stride + column : from, valid);
-      }
-    } else {
-      for (int i = int(threadIdx.x); i < kRows * kColumns; i += kSelectBlock) {
-        const int row = i / kColumns, column = i % kColumns;
-        const bool valid = row < valid_rows && column < valid_columns;
-        cp_async<int(sizeof(Real))>(&to[row][column], valid ? from + row * stride + column : from, valid);
-      }
-    }
-  }
-
-  PARTUNE_MEMBER void copy_slices(Slice& slice, int64_t tile_row, int64_t tile_column, int64_t depth) const {
-    copy_slice(slice.left, left + tile_row * rank + depth, rank, rows - tile_row, rank - depth);
-    copy_slice(slice.right, right + depth * columns + tile_column, columns, rank - depth,
-               columns - tile_column);
-  }
-
-  static PARTUNE_MEMBER void multiply_slices(const Slice& slice, ScoreTile<Score>& tile) {
-    const int row = int(threadIdx.x) / kRowThreads, column = int(threadIdx.x) % kRowThreads * 4;
-    PARTUNE_UNROLL
-    for (int depth = 0; depth < kDepth; depth += kVector) {
-      Vector a[kThreadRows<Score>];
-      PARTUNE_UNROLL
-      for (int i = 0; i < kThreadRows<Score>; ++i) {
-        a[i] = *reinterpret_cast<const Vector*>(&slice.left[row + i * kRowStep][depth]);
-      }
-      PARTUNE_UNROLL
-      for (int d = 0; d < kVector; ++d) {
-        PARTUNE_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          const Pack4<Real> b = *reinterpret_cast<const Pack4<Real>*>(
-              &slice.right[depth + d][column + half * (kTileColumns / 2)]);
-          PARTUNE_UNROLL
-          for (int i = 0; i < kThreadRows<Score>; ++i) {
-            PARTUNE_UNROLL
-            for (int j = 0; j < 4; ++j) {
-              tile.at[i][half][j] = multiply_add(a[i].at[d], b.at[j], tile.at[i][half][j]);
-            }
-          }
-        }
-      }
-    }
-  }
-
-  PARTUNE_MEMBER void fill(ScoreTile<Score>& tile) const {
-    SHARED(Slice, slices, [2]);
-    const int64_t tile_row = tile.row - threadIdx.x / kRowThreads;
-    const int64_t tile_column = tile.column - threadIdx.x % kRowThreads * 4;
-    PARTUNE_UNROLL
-    for (int i = 0; i < kThreadRows<Score> * 8; ++i) tile.at[i / 8][i / 4 % 2][i % 4] = 0;
-    copy_slices(slices[0], tile_row, tile_column, 0);
-    cp_async_commit();
-    int current = 0;
-    for (int64_t depth = 0; depth < rank; depth += kDepth) {
-      if (depth + kDepth < rank) copy_slices(slices[1 - current], tile_row, tile_column, depth + kDepth);
-      cp_async_commit();
-      cp_async_wait<1>();
-      __syncthreads();
-      multiply_slices(slices[current], tile);
-      __syncthreads();
-      current = 1 - current;
-    }
-    PARTUNE_UNROLL
-    for (int i = 0; i < kThreadRows<Score> * 8; ++i) {
-      Real& score = tile.at[i / 8][i / 4 % 2][i % 4];
-      score = score < 0 ? -score : score;
-    }
-  }
-};
-
 template <typename Source>
 using KeyFrom = typename KeyOf<typename Source::Score>::Type;
 
 template <typename Source>
 PARTUNE_FN int64_t tile_columns_of(const Source& source) {
   return (source.columns + kTileColumns - 1) / kTileColumns;
-}
-
-template <typename Source>
-PARTUNE_FN int64_t tiles_of(const Source& source) {
-  constexpr int kRows = kTileRows<typename Source::Score>;
-  return (source.rows + kRows - 1) / kRows * tile_columns_of(source);
 }
 
 // ---- the k-th best key ----
@@ -225,7 +66,7 @@ PARTUNE_FN int64_t tiles_of(const Source& source) {
 // SASS <FactorScores<float>> sm_80+: LDGSTS.E.BYPASS.128 x2
 template <typename Source, int kBlock>
 __global__ void __launch_bounds__(kBlock)
-    select_histogram_kernel(const Source source, const Digit digit, bool largest,
+    select_histogram_kernel(const Source source, int64_t tiles, const Digit digit, bool largest,
                             const SelectState<KeyFrom<Source>>* state, unsigned long long* bins) {
   using Key = KeyFrom<Source>;
   SHARED(uint32_t, counts, [kBins]);
@@ -233,7 +74,6 @@ __global__ void __launch_bounds__(kBlock)
   __syncthreads();
   const Key known = digit.highest ? 0 : state->threshold;
   const int64_t tile_columns = tile_columns_of(source);
-  const int64_t tiles = tiles_of(source);
   for (int64_t number = blockIdx.x; number < tiles; number += gridDim.x) {
     ScoreTile<typename Source::Score> tile = place_tile<typename Source::Score>(number, tile_columns);
     source.fill(tile);
@@ -284,31 +124,28 @@ template <typename Key, int kBlock>
 __global__ void __launch_bounds__(kBlock)
     select_narrow_kernel(const Digit digit, int64_t k, SelectState<Key>* state, unsigned long long* bins) {
   constexpr int kThreadBins = kBins / kBlock;
+  static_assert(kThreadBins <= 2, "a digit has an even number of values: a thread has all its bins or none");
   const Key known = digit.highest ? 0 : state->threshold;
   const int64_t wanted = digit.highest ? k : state->wanted;
   const int best = (1 << digit.bits) - 1 - int(threadIdx.x) * kThreadBins;
-  int64_t counts[kThreadBins], sum = 0;
+  int64_t counts[kThreadBins] = {}, sum = 0;
   PARTUNE_UNROLL
   for (int i = 0; i < kThreadBins; ++i) {
-    counts[i] = best - i >= 0 ? int64_t(bins[best - i]) : 0;
-    if (best - i >= 0) bins[best - i] = 0;
+    if (best >= 0) {
+      counts[i] = int64_t(bins[best - i]);
+      bins[best - i] = 0;
+    }
     sum += counts[i];
   }
   int64_t better, total;
   block_scan<int64_t, kBlock>(sum, better, total);
   // Nothing wanted: the best digit, of which nobody is taken.
   if (wanted == 0 && threadIdx.x == 0) *state = {Key(known | Key(best) << digit.shift), 0};
-  if (better < wanted && wanted <= better + sum) {
-    int64_t rest = wanted - better;
-    bool found = false;
-    PARTUNE_UNROLL
-    for (int i = 0; i < kThreadBins; ++i) {
-      if (!found && rest <= counts[i]) {
-        *state = {Key(known | Key(best - i) << digit.shift), rest};
-        found = true;
-      }
-      rest -= counts[i];
-    }
+  PARTUNE_UNROLL
+  for (int i = 0; i < kThreadBins; ++i) {
+    const int64_t rest = wanted - better;  // to be taken of this bin and of worse ones
+    if (rest > 0 && rest <= counts[i]) *state = {Key(known | Key(best - i) << digit.shift), rest};
+    better += counts[i];
   }
 }
 
@@ -371,8 +208,8 @@ __global__ void __launch_bounds__(kBlock)
   }
 }
 
-// Within each row, counts become those of the tiles to the left; row_starts gets the row's own. A warp
-// takes a row.
+// Within each row, counts become those of the tiles to the left; row_starts gets those to the left of
+// the row's end. A warp takes a row.
 // SASS: none (eight bytes a lane, neighbours beside each other)
 template <int kBlock>
 __global__ void __launch_bounds__(kBlock)
@@ -381,9 +218,10 @@ __global__ void __launch_bounds__(kBlock)
   const int64_t row = int64_t(blockIdx.x) * (kBlock / 32) + threadIdx.x / 32;
   TileCount* counts = tile_counts + row * tile_columns;
   uint32_t above_before = 0, equal_before = 0;
-  for (int64_t first = 0; first < tile_columns; first += 32) {
-    const bool valid = row < rows && first + lane < tile_columns;
-    const TileCount own = valid ? counts[first + lane] : TileCount{0, 0};
+  for (int64_t first = 0; first <= tile_columns; first += 32) {
+    const int64_t column = first + lane;
+    const bool valid = row < rows && column < tile_columns;
+    const TileCount own = valid ? counts[column] : TileCount{0, 0};
     TileCount inclusive = own;
     PARTUNE_UNROLL
     for (int step = 1; step < 32; step *= 2) {
@@ -394,25 +232,25 @@ __global__ void __launch_bounds__(kBlock)
         inclusive.equal += equal;
       }
     }
-    if (valid) {
-      counts[first + lane] = {above_before + inclusive.above - own.above,
+    const TileCount before = {above_before + inclusive.above - own.above,
                               equal_before + inclusive.equal - own.equal};
-    }
+    if (valid) counts[column] = before;
+    if (row < rows && column == tile_columns) row_starts[row] = {before.above, before.equal};
     above_before += __shfl_sync(0xffffffffu, inclusive.above, 31);
     equal_before += __shfl_sync(0xffffffffu, inclusive.equal, 31);
   }
-  if (lane == 0 && row < rows) row_starts[row] = {int64_t(above_before), int64_t(equal_before)};
 }
 
-// row_starts become those of all rows above, and crow_indices follow. Equal entries are taken in
-// order, so those taken before a place are min(equal ones before it, wanted). One block.
+// row_starts become those of all rows above, and crow_indices follow, which has the end of the last row
+// too. Equal entries are taken in order, so those taken before a place are min(equal ones before it,
+// wanted). One block.
 // SASS: none (one block, neighbours beside each other)
 template <typename Key, int kBlock>
 __global__ void __launch_bounds__(kBlock) select_scan_kernel(RowStart* row_starts, int64_t* crow_indices,
                                                              int64_t rows, const SelectBound<Key> bound) {
   const int64_t wanted = read_bound(bound).wanted;
   int64_t above_before = 0, equal_before = 0;
-  for (int64_t first = 0; first < rows; first += kBlock) {
+  for (int64_t first = 0; first <= rows; first += kBlock) {
     const int64_t row = first + threadIdx.x;
     const RowStart own = row < rows ? row_starts[row] : RowStart{0, 0};
     int64_t above, equal, above_total, equal_total;
@@ -420,15 +258,10 @@ __global__ void __launch_bounds__(kBlock) select_scan_kernel(RowStart* row_start
     block_scan<int64_t, kBlock>(own.equal, equal, equal_total);
     above += above_before;
     equal += equal_before;
-    if (row < rows) {
-      row_starts[row] = {above, equal};
-      crow_indices[row] = above + (equal < wanted ? equal : wanted);
-    }
+    if (row < rows) row_starts[row] = {above, equal};
+    if (row <= rows) crow_indices[row] = above + (equal < wanted ? equal : wanted);
     above_before += above_total;
     equal_before += equal_total;
-  }
-  if (threadIdx.x == 0) {
-    crow_indices[rows] = above_before + (equal_before < wanted ? equal_before : wanted);
   }
 }
 
@@ -480,24 +313,6 @@ __global__ void __launch_bounds__(kBlock)
       }
     }
   }
-}
-
-// ---- random scores ----
-
-// SASS: STG.E.128
-template <int kBlock>
-__global__ void __launch_bounds__(kBlock)
-    random_scores_kernel(float* scores, int64_t count, const int64_t* seed, const int64_t* step,
-                         uint32_t parameter_id) {
-  const int64_t first = (int64_t(blockIdx.x) * kBlock + threadIdx.x) * 4;
-  const PhiloxKey key{uint32_t(uint64_t(*seed)), uint32_t(uint64_t(*seed) >> 32)};
-  Pack4<float> pack;
-  PARTUNE_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    pack.at[i] = uniform_from_bits(philox(uint64_t(first + i), uint32_t(*step), parameter_id, key).word[0]);
-  }
-  const int64_t left = count - first;
-  store_pack(pack, scores + first, int(left < 4 ? left : 4), is_aligned(scores));
 }
 
 }  // namespace partune

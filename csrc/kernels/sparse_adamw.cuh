@@ -30,7 +30,7 @@ struct SparseAdamWLaunch {
 static_assert(sizeof(SparseAdamWLaunch<double>) <= kLaunchParameterBytes, "a launch must fit its parameters");
 
 PARTUNE_FN int matrix_of_block(const SparseAdamWBatch& batch, int block) {
-  int first = 0, last = batch.count - 1;
+  int first = 0, last = batch.count;
   while (first < last) {
     const int middle = first + (last - first + 1) / 2;
     if (batch.first_block[middle] <= block) {
@@ -42,27 +42,28 @@ PARTUNE_FN int matrix_of_block(const SparseAdamWBatch& batch, int block) {
   return first;
 }
 
-// A block's tile of entries, and this thread's four of them.
+// A block's tile of entries, and where this thread's four of them begin.
 template <int kBlock>
 struct EntryTile {
   int64_t begin, end;
   int64_t position;
-  int count;
+  int count;  // how many entries the tile has from there on: none, or more than the thread's four
 
   PARTUNE_MEMBER EntryTile(int block, int64_t nnz) {
     begin = int64_t(block) * 4 * kBlock;
     end = begin + int64_t{4} * kBlock < nnz ? begin + int64_t{4} * kBlock : nnz;
     position = begin + 4 * int64_t(threadIdx.x);
-    count = int(end - position < 4 ? end - position : 4);
+    count = int(end - position);
   }
 };
 
-// Two threads find the first and the last row of a tile; a barrier must follow.
+// Two threads find the row in which a tile begins and the one in which the next tile does, which is
+// `rows` at the end; a barrier must follow.
 template <int kBlock>
 PARTUNE_FN void find_tile_rows(const int64_t* crow_indices, int64_t rows, const EntryTile<kBlock>& tile,
                                int64_t (&tile_rows)[2]) {
   if (threadIdx.x < 2 && crow_indices) {
-    tile_rows[threadIdx.x] = row_of(crow_indices, 0, rows - 1, threadIdx.x == 0 ? tile.begin : tile.end - 1);
+    tile_rows[threadIdx.x] = row_of(crow_indices, 0, rows, threadIdx.x == 0 ? tile.begin : tile.end);
   }
 }
 
@@ -109,22 +110,27 @@ PARTUNE_FN void step_entries(const SparseAdamWMatrix& m, const SparseAdamWDevice
   const Grad* grad = static_cast<const Grad*>(m.grad);
   State* exp_avg = static_cast<State*>(m.exp_avg) + position;
   State* exp_avg_sq = static_cast<State*>(m.exp_avg_sq) + position;
-  const bool has_master = kRoundedWeight && m.master != nullptr;
-  const bool aligned = is_aligned(exp_avg) && is_aligned(exp_avg_sq) && (!has_master || is_aligned(m.master));
-  const bool stochastic = kRoundedWeight && !has_master && step.hyperparameters.stochastic;
+  const bool aligned = is_aligned(exp_avg) && is_aligned(exp_avg_sq) && is_aligned(m.master);
+  bool has_master = false, stochastic = false;
+  if constexpr (kRoundedWeight) {
+    has_master = m.master != nullptr;
+    stochastic = !has_master && step.hyperparameters.stochastic;
+  }
 
   // All loads first: a thread has eight scattered reads under way.
   const EntryPlaces places = locate_entries(m, tile_rows, position, count);
-  Real grads[4], values[4];
-  PARTUNE_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    if (i < count) grads[i] = widen(grad[places.grad[i]]);
-    if (i < count && !has_master) values[i] = widen(weight[places.weight[i]]);
-  }
   Pack4<State> average = load_pack(exp_avg, count, aligned);
   Pack4<State> square = load_pack(exp_avg_sq, count, aligned);
   Pack4<float> master = {};
   if (has_master) master = load_pack(m.master + position, count, aligned);
+  Real grads[4], values[4];
+  PARTUNE_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    if (i < count) {
+      grads[i] = widen(grad[places.grad[i]]);
+      values[i] = has_master ? Real(master.at[i]) : widen(weight[places.weight[i]]);
+    }
+  }
 
   const uint64_t seed = step.seed ? uint64_t(*step.seed) : 0;
   const PhiloxKey key{uint32_t(seed), uint32_t(seed >> 32)};
@@ -133,7 +139,7 @@ PARTUNE_FN void step_entries(const SparseAdamWMatrix& m, const SparseAdamWDevice
   for (int i = 0; i < 4; ++i) {
     if (i < count) {
       Real first = widen(average.at[i]), second = widen(square.at[i]);
-      Real value = has_master ? Real(master.at[i]) : values[i];
+      Real value = values[i];
       adamw_update(grads[i], value, first, second, coefficients);
       PhiloxBlock random = {};
       if (stochastic || kRoundedState) {
@@ -153,7 +159,7 @@ PARTUNE_FN void step_entries(const SparseAdamWMatrix& m, const SparseAdamWDevice
         round_nearest(value, rounded);
       }
       weight[places.weight[i]] = rounded;
-      if (has_master) master.at[i] = float(value);
+      master.at[i] = float(value);
     }
   }
   store_pack(average, exp_avg, count, aligned);
@@ -181,7 +187,7 @@ __global__ void __launch_bounds__(kBlock, sizeof(Real) == 4 ? 3 : 2)
   }
   __syncthreads();
   const bool wanted = !launch.step.found_inf || *launch.step.found_inf == 0;
-  if (wanted && tile.count > 0) {
+  if (wanted) {
     step_entries<Weight, Grad, State>(m, launch.step, coefficients[0], tile_rows, tile.position, tile.count);
   }
 }
@@ -200,13 +206,11 @@ __global__ void __launch_bounds__(kBlock)
   find_tile_rows(m.crow_indices, m.rows, tile, tile_rows);
   __syncthreads();
   bool found = false;
-  if (tile.count > 0) {
-    const Word* grad = static_cast<const Word*>(m.grad);
-    const EntryPlaces places = locate_entries(m, tile_rows, tile.position, tile.count);
-    PARTUNE_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      if (i < tile.count) found |= (grad[places.grad[i]] & exponent) == exponent;
-    }
+  const Word* grad = static_cast<const Word*>(m.grad);
+  const EntryPlaces places = locate_entries(m, tile_rows, tile.position, tile.count);
+  PARTUNE_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    if (i < tile.count) found |= (grad[places.grad[i]] & exponent) == exponent;
   }
   if (__syncthreads_or(found) && threadIdx.x == 0) atomicExch(found_inf, 1.0f);
 }
@@ -239,13 +243,14 @@ __global__ void __launch_bounds__(kBlock) remap_kernel(LAUNCH_PARAMETER(RemapLau
     const int64_t row = row_of(csrs.new_crow_indices, tile_rows[0], tile_rows[1], position);
     const int32_t column = csrs.new_col_indices[position];
     const int64_t row_end = csrs.old_crow_indices[row + 1];
-    int64_t first = csrs.old_crow_indices[row], last = row_end;
-    while (first < last) {
-      const int64_t middle = first + (last - first) / 2;
-      if (csrs.old_col_indices[middle] < column) {
-        first = middle + 1;
+    int64_t first = csrs.old_crow_indices[row];
+    for (int64_t length = row_end - first; length > 0;) {
+      const int64_t half = length / 2;
+      if (csrs.old_col_indices[first + half] < column) {
+        first += half + 1;
+        length -= half + 1;
       } else {
-        last = middle;
+        length = half;
       }
     }
     if (first < row_end && csrs.old_col_indices[first] == column) {
@@ -264,7 +269,7 @@ __global__ void __launch_bounds__(kBlock) remap_kernel(LAUNCH_PARAMETER(RemapLau
   }
   PARTUNE_UNROLL
   for (int step = 1; step < 32; step *= 2) kept += __shfl_xor_sync(0xffffffffu, kept, step);
-  if (launch.kept && kept != 0 && threadIdx.x % 32 == 0) {
+  if (launch.kept && threadIdx.x % 32 == 0) {
     atomicAdd(launch.kept, static_cast<unsigned long long>(kept));
   }
 }

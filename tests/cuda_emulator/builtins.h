@@ -89,6 +89,11 @@ struct SourceXor {
 
 template <typename T>
 T __shfl_sync(unsigned mask, T value, int lane, int width = 32, EMULATOR_CALL_SITE) {
+  // The hardware counts on from lane 0, which nobody means.
+  if (lane < 0 || lane >= width) {
+    emulator::fail("a shuffle of " + std::to_string(width) + " lanes reads lane " + std::to_string(lane),
+                   site);
+  }
   return emulator::shuffle<emulator::SourceIndex>("__shfl_sync", mask, value, lane, width, site);
 }
 template <typename T>

@@ -1,14 +1,15 @@
 """The mutants of the kernel bodies: where they are found, and how they are written into a copy.
 
 clang-format's spaces are relied on: a binary operator has one on each side, a template's bracket
-has none.
+has none. What changes no result by its form alone is no mutant: `aligned` that is false more often,
+which leaves the accesses that need no alignment, and atomics that add nothing or store a constant
+once more.
 """
 
 from __future__ import annotations
 
 import bisect
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,14 +19,24 @@ KERNELS = ROOT / "csrc" / "kernels"
 WORK = ROOT / "build" / "mutants"
 
 SWITCH = """
-#include <cstdlib>
 namespace partune {
-static inline int read_mutant() {
-  const char* text = std::getenv("PARTUNE_MUTANT");
-  return text ? std::atoi(text) : 0;
+inline int chosen_mutant = 0;
+inline unsigned char mutants_reached[COUNT + 1];
+static inline __attribute__((always_inline)) bool mutant(int number) {
+  if (chosen_mutant < 0) __atomic_store_n(&mutants_reached[number], 1, __ATOMIC_RELAXED);
+  return number == chosen_mutant;
 }
-static const int chosen_mutant = read_mutant();
-static inline bool mutant(int number) { return number == chosen_mutant; }
+extern "C" {
+// The mutant that is in force from now on; 0: none; below: none, and places come to are noted.
+__attribute__((used, visibility("default"))) inline void partune_choose_mutant(int number) {
+  chosen_mutant = number;
+  for (unsigned char& reached : mutants_reached) reached = 0;
+}
+__attribute__((used, visibility("default"))) inline int partune_mutant_count() { return COUNT; }
+__attribute__((used, visibility("default"))) inline int partune_mutant_reached(int number) {
+  return mutants_reached[number];
+}
+}
 }  // namespace partune
 """
 
@@ -71,6 +82,7 @@ POINTERS = {
     for pair in re.findall(r"\w\*+ (\w+)|, \*(\w+)", path.read_text())
     for name in pair
 }
+CONSTANT = re.compile(r"!?k[A-Z]\w*")
 BARRIERS = ("__syncthreads", "__syncthreads_or", "__syncwarp", "cp_async_wait", "cp_async_commit")
 
 
@@ -82,6 +94,8 @@ class Source:
     first: int
     mutants: list[Mutant] = field(default_factory=list)
     edits: list[tuple[int, int, list[Mutant]]] = field(default_factory=list)
+    subject: str = ""  # the name that the expression at hand is for
+    guard: tuple[int, int] | None = None  # the tokens of the `if` condition at hand
 
     def __post_init__(self) -> None:
         self.text = self.path.read_text()
@@ -162,9 +176,9 @@ class Source:
         i = first
         while i < last:
             text = self.tokens[i].text
-            if text in BARRIERS and self.barrier(body, i):
+            if text in BARRIERS:
+                self.barrier(body, i)
                 i += 1
-                start = i
             elif text == "for" and self.tokens[i + 1].text == "(":
                 end = self.partner(i + 1)
                 self.loop(body, i, end)
@@ -187,18 +201,14 @@ class Source:
     def is_pointer(self, first: int, last: int) -> bool:
         return self.tokens[last - 1].text in POINTERS or "*>(" in self.words(first, last)
 
-    def barrier(self, body: str, i: int) -> bool:
-        """A call that orders threads, as a statement of its own or as a vote in an expression."""
+    def barrier(self, body: str, i: int) -> None:
+        """A call that orders threads, as a statement of its own."""
         opening = i
         while self.tokens[opening].text != "(":
             opening += 1
         end = self.partner(opening)
         if self.tokens[end + 1].text == ";" and self.tokens[i - 1].text in ";{}":
             self.add(i, end + 1, body, "barrier", ["void()"])
-            return False
-        vote = self.words(opening + 1, end)
-        self.add(i, end + 1, body, "barrier", [f"int({vote})"])
-        return False
 
     def loop(self, body: str, i: int, end: int) -> None:
         parts, start = [], i + 2
@@ -216,16 +226,21 @@ class Source:
 
     def statement(self, body: str, first: int, last: int) -> None:
         """An assignment's right side, a condition, a call's arguments."""
+        if first < last and self.tokens[first].text in ("return", "else"):
+            first += 1
+        if first < last and self.tokens[first].text == "if":
+            self.expression(body, first, last)
+            return
         depth = 0
+        self.subject = body
         for i in range(first, last):
             text = self.tokens[i].text
             if depth == 0 and text in ASSIGNMENT and self.tokens[i].spaced:
                 self.brackets(body, first, i)
+                self.subject = self.tokens[i - 1].text
                 first = i + 1
             depth += text in OPENING
             depth -= text in CLOSING
-        if first < last and self.tokens[first].text in ("return", "else"):
-            first += 1
         if first < last:
             self.expression(body, first, last)
 
@@ -237,6 +252,9 @@ class Source:
             if text in OPENING:
                 end = self.partner(i)
                 before = self.tokens[i - 1].text if i else ""
+                if before == "__syncthreads_or":
+                    vote = f"int({self.words(i + 1, end)})"
+                    self.add(i - 1, end + 1, body, "barrier", [vote])
                 if before in BARRIERS or (before == ">" and self.tokens[i + 1].text == ")"):
                     i = end + 1
                     continue
@@ -267,10 +285,14 @@ class Source:
         parts.append((start, last))
         return parts
 
-    def expression(self, body: str, first: int, last: int, loop: bool = False) -> None:
+    def expression(
+        self, body: str, first: int, last: int, loop: bool = False, check: bool = False
+    ) -> None:
         if self.tokens[first].text == "if" and self.tokens[first + 1].text in "(":
             end = self.partner(first + 1)
-            self.expression(body, first + 2, end)
+            self.guard = (first + 2, end)
+            self.expression(body, *self.guard, check=True)
+            self.guard = None
             if end + 1 < last:
                 self.statement(body, end + 1, last)
             return
@@ -291,7 +313,7 @@ class Source:
         compared = len(self.split(first, last, COMPARISON)) > 1
         if compared and loop:
             self.condition(body, first, last, self.shifted(first, last))
-        elif compared:
+        elif compared or (check and not CONSTANT.fullmatch(self.words(first, last))):
             self.condition(body, first, last, "true")
         else:
             self.arithmetic(body, first, last)
@@ -305,9 +327,27 @@ class Source:
 
     def condition(self, body: str, first: int, last: int, without: str) -> None:
         """A check that something lies within bounds, and what stands there without it."""
-        self.add(first, last, body, "bound", [without] if without else [])
+        if without and not self.spares_an_atomic(first, last):
+            self.add(first, last, body, "bound", [without])
         for start, end in self.split(first, last, COMPARISON):
             self.arithmetic(body, start, end)
+
+    def spares_an_atomic(self, first: int, last: int) -> bool:
+        """`x != 0` before adding x, or which thread of a block stores a constant after its vote."""
+        if not self.guard:
+            return False
+        call = self.guard[1] + 1
+        call += self.tokens[call].text == "{"
+        if self.tokens[call].text not in ("atomicAdd", "atomicExch"):
+            return False
+        arguments = self.words(call + 2, self.partner(call + 1))
+        condition = self.words(first, last)
+        if self.tokens[call].text == "atomicAdd":
+            value = re.sub(r"static_cast<[^>]+>\((.*)\)$", r"\1", arguments.split(", ")[-1])
+            return condition == f"{value} != 0"
+        voted = "__syncthreads_or(" in self.words(*self.guard)
+        constant = re.search(r", [\d.]+f?$", arguments)
+        return bool(condition == "threadIdx.x == 0" and voted and constant)
 
     def arithmetic(self, body: str, first: int, last: int) -> None:
         parts = self.split(first, last, BITS)
@@ -335,6 +375,8 @@ class Source:
         if len(factors) > 1:
             variants = []
             for start, end in factors[1:]:
+                if self.tokens[start - 1].text == "%" and "aligned" in self.subject:
+                    continue
                 rest = self.words(end, last) if end < last else ""
                 variants.append(f"{self.words(first, start - 1)} {rest}".strip())
             self.add(first, last, body, "index", variants)
@@ -381,15 +423,27 @@ def collect() -> list[Source]:
 
 
 def write_copy(sources: list[Source]) -> None:
-    """The kernels with their mutants, and the emulator beside them."""
-    shutil.rmtree(WORK / "csrc", ignore_errors=True)
-    shutil.copytree(ROOT / "csrc", WORK / "csrc")
+    """The kernels with their mutants, and the emulator beside them; what is the same stays."""
+    emulator = Path(__file__).parent
+    texts = {
+        path.relative_to(ROOT): path.read_text()
+        for folder in (ROOT / "csrc", emulator)
+        for path in folder.rglob("*.*")
+        if path.suffix != ".pyc"
+    }
     for source in sources:
-        (WORK / "csrc" / "kernels" / source.path.name).write_text(source.rewritten())
+        texts[source.path.relative_to(ROOT)] = source.rewritten()
     # The switch itself stands in the header that all of them include.
-    kit = WORK / "csrc" / "kernels" / "kit.cuh"
-    kit.write_text(kit.read_text().replace("#pragma once", "#pragma once" + SWITCH, 1))
-    emulator = WORK / "tests" / "cuda_emulator"
-    shutil.copytree(Path(__file__).parent, emulator, dirs_exist_ok=True)
-    lists = emulator / "CMakeLists.txt"
-    lists.write_text(lists.read_text().replace("-Werror ", ""))
+    kit = (KERNELS / "kit.cuh").relative_to(ROOT)
+    switch = SWITCH.replace("COUNT", str(sum(len(source.mutants) for source in sources)))
+    texts[kit] = texts[kit].replace("#pragma once", "#pragma once" + switch, 1)
+    lists = (emulator / "CMakeLists.txt").relative_to(ROOT)
+    texts[lists] = texts[lists].replace("-Werror ", "")
+    for path in WORK.glob("csrc/**/*.*"):
+        if path.relative_to(WORK) not in texts:
+            path.unlink()
+    for name, text in texts.items():
+        path = WORK / name
+        if not path.exists() or path.read_text() != text:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)

@@ -220,7 +220,7 @@ Bytes run_sum_by_last_block() {
 enum class Fault {
   kSameValue, kFewOrders, kWarpExchange, kWarpExchangeByShuffle, kTwoBlocks, kTwoBlocksBehindBarriers, kAtomicAndRead,
   kDynamicOverrun, kLocalOverrun, kMisalignedPack, kMisalignedAtomic, kShiftTooFar, kIndexOverflow,
-  kEarlyReturn, kBarrierCount, kTwoBarriers, kExitedLane, kAbsentCaller, kMismatch, kAbsentSource,
+  kEarlyReturn, kBarrierCount, kTwoBarriers, kExitedLane, kAbsentCaller, kMismatch, kAbsentSource, kLaneBeyondWidth,
 };
 // clang-format on
 
@@ -288,6 +288,8 @@ __global__ void fault(int* words, int four, int large) {
     }
   } else if (kFault == Fault::kAbsentSource) {
     if (lane < 16) __shfl_sync(0xffffu, i, 20);
+  } else if (kFault == Fault::kLaneBeyondWidth) {
+    __shfl_sync(kFull, i, 16, 16);
   }
 }
 
@@ -385,6 +387,7 @@ const Plant kPlants[] = {
     {"absent_caller", run_fault<Fault::kAbsentCaller>},
     {"mismatch", run_fault<Fault::kMismatch>},
     {"absent_source", run_fault<Fault::kAbsentSource>},
+    {"lane_beyond_width", run_fault<Fault::kLaneBeyondWidth>},
     {"copy_never_waited_for", run_product<Product::kNeverWaits>},
     {"copy_waited_for_too_late", run_product<Product::kWaitsTooLate>},
     {"large_block", [] { return launch_static<1024>(1025, 0); }},

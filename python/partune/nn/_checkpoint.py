@@ -100,10 +100,10 @@ def load_adapter(
         True
     """
     metadata, tensors = _read(Path(path))
-    config = _CONFIGS[metadata["method"]].from_dict(json.loads(metadata["config"]))
+    config, wanted = _described(metadata, path)
     plan = planned(model, config, name)
     base = fingerprint(model)
-    _check_base(base, json.loads(metadata["fingerprint"]), plan, path)
+    _check_base(base, wanted, plan, path)
     _fill(plan, tensors, path)
     add_adapter(model, config, name, plan, base)
     return model
@@ -133,6 +133,22 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
             f"{metadata.get('method')!r}, want {_FORMAT!r} with {' or '.join(_CONFIGS)}"
         )
     return metadata, tensors
+
+
+def _described(
+    metadata: Mapping[str, str], path: str | os.PathLike[str]
+) -> tuple[AdapterConfig, dict[str, str]]:
+    """The config and the base's fingerprint that a file names."""
+    try:
+        config = _CONFIGS[metadata["method"]].from_dict(json.loads(metadata["config"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"path: {path} is damaged: its config can't be read ({error})") from None
+    try:
+        return config, dict(json.loads(metadata["fingerprint"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"path: {path} is damaged: its fingerprint can't be read ({error})"
+        ) from None
 
 
 def _check_base(
@@ -175,6 +191,10 @@ def _fill(
             raise ValueError(
                 f"path: {path} has {name} of shape {tuple(value.shape)}, want "
                 f"{tuple(wanted[name].shape)}"
+            )
+        if value.is_floating_point() != wanted[name].is_floating_point():
+            raise ValueError(
+                f"path: {path} has {name} of {value.dtype}, want one like {wanted[name].dtype}"
             )
     for name, value in tensors.items():
         wanted[name].data = value.to(wanted[name].device)

@@ -204,7 +204,7 @@ def _write(module: nn.Module, values: Mapping[str, Tensor]) -> None:
             own.copy_(value)
             continue
         value = value.clone() if like is None else value.to(like.device, like.dtype, copy=True)
-        requires_grad = like is not None and like.requires_grad
+        requires_grad = like is None or like.requires_grad
         module.register_parameter(name, nn.Parameter(value, requires_grad))
         if name == "weight":
             module.elementwise_affine = module.affine = True  # type: ignore[assignment]

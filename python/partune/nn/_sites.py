@@ -149,7 +149,7 @@ def site_names(
             continue
         hits = _hits(name, targets)
         used |= hits
-        if hits:
+        if hits and not isinstance(module, nn.Identity):  # which stands for a layer left out
             _check_named_site(model, name, module, heads)
             sites.append(name)
     unused = set() if targets is None or isinstance(targets, str) else set(targets) - used

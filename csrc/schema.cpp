@@ -15,6 +15,14 @@ const Schema kSchemas[] = {
     {"select", "threshold_csr(Tensor scores, float threshold, *, bool largest=True) -> (Tensor, Tensor)"},
     {"select", "topk_csr_factors(Tensor left, Tensor right, int k) -> (Tensor, Tensor)"},
     {"select", "random_scores(int rows, int columns, *, Tensor seed, Tensor step, int parameter_id) -> Tensor"},
+    // family scale_shift
+    {"scale_shift", "scale_shift(Tensor input, Tensor scale, Tensor? shift=None, Tensor? bias=None, *, str activation=\"none\", int channel_dim=-1) -> Tensor"},
+    {"scale_shift", "scale_shift_(Tensor(a!) input, Tensor scale, Tensor? shift=None, Tensor? bias=None, *, int channel_dim=-1) -> ()"},
+    {"scale_shift", "scale_shift_backward(Tensor grad, Tensor? saved, Tensor scale, Tensor? shift=None, Tensor? bias=None, *, str activation=\"none\", int channel_dim=-1, bool from_output=False, bool input_grad=True, bool scale_grad=True) -> (Tensor, Tensor, Tensor)"},
+    {"scale_shift", "layer_norm_scale_shift(Tensor input, Tensor? weight, Tensor? bias, Tensor scale, Tensor? shift=None, *, float eps) -> (Tensor, Tensor, Tensor)"},
+    {"scale_shift", "layer_norm_scale_shift_backward(Tensor grad, Tensor input, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, Tensor scale, *, bool input_grad=True, bool scale_grad=True) -> (Tensor, Tensor, Tensor)"},
+    {"scale_shift", "rms_norm_scale_shift(Tensor input, Tensor? weight, Tensor scale, Tensor? shift=None, *, float eps) -> (Tensor, Tensor)"},
+    {"scale_shift", "rms_norm_scale_shift_backward(Tensor grad, Tensor input, Tensor rstd, Tensor? weight, Tensor scale, *, bool input_grad=True, bool scale_grad=True) -> (Tensor, Tensor, Tensor)"},
 };
 // clang-format on
 const int kSchemaCount = sizeof(kSchemas) / sizeof(kSchemas[0]);

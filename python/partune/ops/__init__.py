@@ -1,12 +1,28 @@
 """The core's ops in Python: signatures, checks, fake kernels and plain-torch references."""
 
+from partune.ops._scale_shift_autograd import kept_inputs
+from partune.ops.scale_shift import scale_shift, scale_shift_, scale_shift_backward
+from partune.ops.scale_shift_norm import (
+    layer_norm_scale_shift,
+    layer_norm_scale_shift_backward,
+    rms_norm_scale_shift,
+    rms_norm_scale_shift_backward,
+)
 from partune.ops.select import random_scores, threshold_csr, topk_csr, topk_csr_factors
 from partune.ops.sparse_adamw import found_inf_, remap_, sparse_adamw_
 
 __all__ = [
     "found_inf_",
+    "kept_inputs",
+    "layer_norm_scale_shift",
+    "layer_norm_scale_shift_backward",
     "random_scores",
     "remap_",
+    "rms_norm_scale_shift",
+    "rms_norm_scale_shift_backward",
+    "scale_shift",
+    "scale_shift_",
+    "scale_shift_backward",
     "sparse_adamw_",
     "threshold_csr",
     "topk_csr",

@@ -24,6 +24,9 @@ class Op:
     check: Callable[..., None]
     fake: Callable[..., Any]
     reference: Callable[..., Any]
+    # Of a differentiable op: torch.library.register_autograd's two functions.
+    setup_context: Callable[..., None] | None = None
+    backward: Callable[..., Any] | None = None
 
     @property
     def overload(self) -> torch._ops.OpOverload:
@@ -36,7 +39,7 @@ _library = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyp
 
 
 def register(op: Op) -> None:
-    """Add an op: fake kernel, reference and, where it mutates, the version bump.
+    """Add an op: fake kernel, reference and, where it has them, autograd or the version bump.
 
     The reference serves every device without a kernel of its own (CompositeExplicitAutograd).
     Without the native core there is no schema to register for; `call` then says why.
@@ -52,6 +55,10 @@ def register(op: Op) -> None:
     torch.library.register_fake(f"{NAMESPACE}::{op.name}", fake, lib=_library)
     implement: Callable[..., None] = _library.impl
     implement(op.name, op.reference, "CompositeExplicitAutograd")
+    if op.backward is not None:
+        torch.library.register_autograd(
+            f"{NAMESPACE}::{op.name}", op.backward, setup_context=op.setup_context, lib=_library
+        )
     if op.overload._schema.is_mutable:
         implement(op.name, _version_bump(op.overload), "ADInplaceOrView")
 

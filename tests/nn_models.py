@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -60,7 +61,10 @@ def transformers_model(kind: str, **options: Any) -> nn.Module:
         "llama": lambda: language(transformers.LlamaConfig, transformers.LlamaForCausalLM),
         "qwen2": lambda: language(transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
         "gemma": lambda: language(
-            transformers.GemmaConfig, transformers.GemmaForCausalLM, head_dim=4, num_key_value_heads=2
+            transformers.GemmaConfig,
+            transformers.GemmaForCausalLM,
+            head_dim=4,
+            num_key_value_heads=2,
         ),
         "gpt2": lambda: transformers.GPT2LMHeadModel(
             transformers.GPT2Config(n_embd=8, n_layer=2, n_head=2, **LANGUAGE, **options)
@@ -296,3 +300,20 @@ def trained_gradients(model: nn.Module) -> dict[str, Tensor]:
                 name = name.replace(part, "")
             grads[name] = parameter.grad
     return grads
+
+
+def saved_bytes(model: nn.Module, run: Callable[[], object]) -> int:
+    """What a forward keeps for its backward: bytes of storages, each once, weights not counted."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor  # which keeps the storage, so that no other gets its address
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = run()
+    del output
+    return sum(kept.values())

@@ -13,6 +13,7 @@ from nn_models import (
     inputs_of,
     output_of,
     plain_scale_shift,
+    saved_bytes,
     trained_gradients,
     transformers_model,
 )
@@ -108,6 +109,18 @@ def test_gradients_through_a_whole_vit(dtype):
     tolerance = {torch.float64: 1e-10, torch.float32: 1e-4}[dtype]
     plain = plain_scale_shift(base, adapted)
     assert_same_gradients(adapted, plain, lambda model: output_of(model, images), tolerance)
+
+
+def test_activation_memory_of_a_vit():
+    """At 224 x 224 in the proportions of ViT-B: 0.75 of plain SSF's at most."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(hidden_size=192, num_attention_heads=3, intermediate_size=768)
+    base = transformers.ViTModel(config, add_pooling_layer=False).requires_grad_(False)
+    adapted = attach(copy.deepcopy(base), ScaleShiftConfig())
+    plain = plain_scale_shift(base, adapted)
+    images = torch.randn(1, 3, 224, 224)
+    ours, theirs = (saved_bytes(model, lambda m=model: m(images)) for model in (adapted, plain))
+    assert ours <= 0.75 * theirs, f"{ours / theirs:.3f} of plain SSF's"
 
 
 @pytest.mark.parametrize("kind", ["vit", "convnext", "llama"])
@@ -214,6 +227,7 @@ def test_compile_whole(kind):
     assert_gradients_close(trained_gradients(adapted), trained_gradients(plain), 2e-4)
 
 
+@pytest.mark.slow
 def test_compile_with_inductor():
     torch._dynamo.reset()
     base = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.GELU()).requires_grad_(False)

@@ -1,0 +1,138 @@
+"""Layers that carry adapters: a module's class is swapped, its own parameters stay where they are.
+
+Swapping the class keeps the module's identity, hooks and state_dict keys, and giving it back is
+exact: a disabled adapter leaves the very module that was there.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+
+class Adapters(nn.ModuleDict):
+    """What a layer's adapters added to it, by name."""
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """A model's own modules with their names, each once, without what adapters added."""
+    added: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, Adapters):
+            added.update(module.modules())
+        elif module not in added:
+            yield name, module
+
+
+def base_state(model: nn.Module) -> dict[str, Tensor]:
+    """The model's own state_dict, without what adapters added."""
+    added = tuple(f"{n}." for n, module in model.named_modules() if isinstance(module, Adapters))
+    state = model.state_dict()
+    return {name: value for name, value in state.items() if not name.startswith(added)}
+
+
+class AdaptedLayer(nn.Module):
+    """A layer with adapters, by name, in the child that `children_name` names.
+
+    A subclass computes the layer with the adapter `self.adapter`. It either comes before the class
+    that it replaces, or, where that class hands its input on with `super().forward`, behind it.
+    """
+
+    children_name: ClassVar[str] = ""  # empty: it computes without one
+    original_class: ClassVar[type[nn.Module]]
+    active_adapter: str
+
+    @property
+    def adapter(self) -> nn.Module:
+        """What the active adapter put here."""
+        adapters: Adapters = getattr(self, self.children_name)
+        return adapters[self.active_adapter]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles name the two classes that a made one is made of."""
+        swapped = type(self)
+        made_of = swapped.__dict__.get("made_of")
+        if made_of is None:
+            return super().__reduce_ex__(protocol)
+        get_state = getattr(self, "__getstate__", None)
+        state = get_state() if get_state is not None else self.__dict__.copy()
+        return _blank, made_of, state
+
+
+def _blank(original: type[nn.Module], layer: type[AdaptedLayer]) -> AdaptedLayer:
+    swapped = swapped_class(original, layer)
+    return swapped.__new__(swapped)
+
+
+_made: dict[tuple[type[nn.Module], type[AdaptedLayer]], type[AdaptedLayer]] = {}
+
+
+def swapped_class(original: type[nn.Module], layer: type[AdaptedLayer]) -> type[AdaptedLayer]:
+    """The subclass of a module's class that computes it with an adapter; one for each pair."""
+    if original is layer.__dict__.get("original_class"):
+        return layer
+    made_of = (original, layer)
+    if made_of not in _made:
+        bases = (original, layer) if hands_on(original, layer) else (layer, original)
+        body = {"original_class": original, "made_of": made_of, "__module__": __name__}
+        _made[made_of] = type(f"{layer.__name__}_{original.__name__}", bases, body)
+    return _made[made_of]
+
+
+def hands_on(original: type[nn.Module], layer: type[AdaptedLayer]) -> bool:
+    """Whether a class's forward ends in `super().forward`, which the layer then computes."""
+    exact = layer.__dict__.get("original_class")
+    if exact is None or not issubclass(original, exact) or original.forward is exact.forward:
+        return False
+    code = getattr(original.forward, "__code__", None)
+    return code is not None and "__class__" in code.co_freevars and "forward" in code.co_names
+
+
+def give_adapter(
+    module: nn.Module, layer: type[AdaptedLayer], name: str, adapter: nn.Module
+) -> None:
+    """Keep an adapter in the module, which computes as before until the adapter is activated."""
+    if not hasattr(module, layer.children_name):
+        module.add_module(layer.children_name, Adapters())
+    getattr(module, layer.children_name)[name] = adapter
+
+
+def take_adapter(module: nn.Module, layer: type[AdaptedLayer], name: str) -> None:
+    """Drop an adapter that isn't active."""
+    adapters: Adapters = getattr(module, layer.children_name)
+    del adapters[name]
+    if not adapters:
+        delattr(module, layer.children_name)
+
+
+def activate(module: nn.Module, layer: type[AdaptedLayer], name: str) -> None:
+    module.active_adapter = name  # type: ignore[assignment]
+    module.__class__ = swapped_class(type(module), layer)
+
+
+def deactivate(module: nn.Module) -> None:
+    """Give the module its own class back."""
+    assert isinstance(module, AdaptedLayer)
+    del module.active_adapter
+    module.__class__ = module.original_class  # type: ignore[assignment]
+
+
+class TrainedCopy(AdaptedLayer):
+    """A layer of the head: a copy of it is trained and used, the original stays as it was."""
+
+    children_name = "trained"
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.adapter(*args, **kwargs)
+
+    @staticmethod
+    def of(module: nn.Module) -> nn.Module:
+        """A copy of a layer as it was before any adapter."""
+        children = module._modules.get(TrainedCopy.children_name)
+        memo = {} if children is None else {id(children): children}
+        original = copy.deepcopy(module, memo)
+        original._modules.pop(TrainedCopy.children_name, None)
+        return original.requires_grad_(True)

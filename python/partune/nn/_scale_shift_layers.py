@@ -1,0 +1,240 @@
+"""The layers that SSF follows, each with the scale and shift in the fewest passes over memory.
+
+`merged_parameters` gives the weight and bias of the plain layer that computes the same, in float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from partune.nn._layers import AdaptedLayer
+from partune.nn.scale_shift import ScaleShift
+from partune.ops import layer_norm_scale_shift, rms_norm_scale_shift
+
+
+class ScaleShiftLayer(AdaptedLayer):
+    """A layer that SSF follows."""
+
+    children_name = "scale_shift"
+    channel_dim: ClassVar[int | None] = None  # of the output; None: it has to be said
+    takes_bias: ClassVar[bool] = True  # so that a shift can be merged
+    weight_dim: ClassVar[int] = 0  # of the weight, along the output's channels
+    fuses_activation: ClassVar[bool] = False
+
+    weight: Any  # a parameter, or None
+    bias: Any
+    adapter: ScaleShift
+
+    @classmethod
+    def channels(cls, module: nn.Module) -> int:
+        """How many the output of a module of the original class has."""
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        return weight.shape[cls.weight_dim]
+
+    @classmethod
+    def new_adapter(cls, module: nn.Module, channel_dim: int, **options: Any) -> ScaleShift:
+        return ScaleShift(cls.channels(module), channel_dim=channel_dim, **options)
+
+    def merged_parameters(self) -> dict[str, Tensor]:
+        wide, scale, shift = _wide(self)
+        weight, bias = self.weight, getattr(self, "bias", None)
+        merged = {}
+        if weight is None:
+            merged["weight"] = scale
+        else:
+            shape = [1] * weight.dim()
+            shape[self.weight_dim] = -1
+            merged["weight"] = weight.detach().to(wide) * scale.view(shape)
+        if bias is not None or shift is not None:
+            shifted = torch.zeros_like(scale) if bias is None else scale * bias.detach().to(wide)
+            merged["bias"] = shifted if shift is None else shifted + shift
+        return merged
+
+
+def _wide(layer: ScaleShiftLayer) -> tuple[torch.dtype, Tensor, Tensor | None]:
+    """The dtype to merge in, and scale and shift in it."""
+    adapter = layer.adapter
+    double = torch.float64 in (adapter.scale.dtype, getattr(layer.weight, "dtype", None))
+    wide = torch.float64 if double else torch.float32
+    shift = None if adapter.shift is None else adapter.shift.detach().to(wide)
+    return wide, adapter.scale.detach().to(wide), shift
+
+
+class ScaleShiftLinear(ScaleShiftLayer, nn.Linear):
+    """The product alone comes from the layer; bias, scale, shift and GELU are one pass after it."""
+
+    original_class = nn.Linear
+    channel_dim = -1
+    fuses_activation = True
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.adapter.after(F.linear(input, self.weight), self.bias, reuse=True)
+
+
+class ScaleShiftConv1D(ScaleShiftLayer):
+    """transformers' linear layer of GPT-2, whose weight is transposed."""
+
+    channel_dim = -1
+    fuses_activation = True
+    weight_dim = 1
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.adapter.after(F.linear(input, self.weight.t()), self.bias, reuse=True)
+
+
+class ScaleShiftConv(ScaleShiftLayer, _ConvNd):
+    """nn.Conv1d, nn.Conv2d and nn.Conv3d."""
+
+    channel_dim = 1
+    fuses_activation = True
+
+    def forward(self, input: Tensor) -> Tensor:
+        output = self._conv_forward(input, self.weight, None)
+        return self.adapter.after(output, self.bias, reuse=True)
+
+
+class ScaleShiftLayerNorm(ScaleShiftLayer, nn.LayerNorm):
+    """One pass; the backward works from what the norm keeps anyway."""
+
+    original_class = nn.LayerNorm
+    channel_dim = -1
+
+    @classmethod
+    def channels(cls, module: nn.Module) -> int:
+        assert isinstance(module, nn.LayerNorm)
+        return module.normalized_shape[-1]
+
+    def forward(self, input: Tensor) -> Tensor:
+        scale, shift = self.adapter.scale, self.adapter.shift
+        if self.weight is None:
+            return F.layer_norm(input, self.normalized_shape, scale, shift, self.eps)
+        output: Tensor = layer_norm_scale_shift(
+            input, self.weight, self.bias, scale, shift, eps=self.eps
+        )
+        return output
+
+
+class ScaleShiftRMSNorm(ScaleShiftLayer):
+    """One pass, for the classes that compute `weight * input / rms(input)` over the last dimension.
+
+    `nn.RMSNorm` and transformers' LlamaRMSNorm and its like.
+    """
+
+    channel_dim = -1
+    takes_bias = False
+    bias = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        scale, shift = self.adapter.scale, self.adapter.shift
+        output: Tensor = rms_norm_scale_shift(
+            input, self.weight, scale, shift, eps=rms_eps(self, input.dtype)
+        )
+        return output
+
+
+def rms_eps(module: nn.Module, dtype: torch.dtype) -> float:
+    """What an RMSNorm adds to the mean square, by the names that such modules give it."""
+    for name in ("eps", "variance_epsilon"):
+        value = getattr(module, name, None)
+        if value is not None:
+            return float(value)
+    return torch.finfo(dtype).eps  # as nn.RMSNorm does
+
+
+class ScaleShiftGroupNorm(ScaleShiftLayer, nn.GroupNorm):
+    """The norm's own pass: the scale goes into its weight, the shift into its bias."""
+
+    original_class = nn.GroupNorm
+    channel_dim = 1
+
+    @classmethod
+    def channels(cls, module: nn.Module) -> int:
+        return int(module.num_channels)  # type: ignore[arg-type]
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias = _composed(self.weight, self.bias, self.adapter)
+        return F.group_norm(input, self.num_groups, weight, bias, self.eps)
+
+
+def _composed(
+    weight: Tensor | None, bias: Tensor | None, adapter: ScaleShift
+) -> tuple[Tensor, Tensor | None]:
+    scale, shift = adapter.scale, adapter.shift
+    composed_bias = None if bias is None else scale * bias
+    if shift is not None:
+        composed_bias = shift if composed_bias is None else composed_bias + shift
+    return scale if weight is None else scale * weight, composed_bias
+
+
+class BatchNormScaleShift(ScaleShift):
+    """With running statistics of its own, so that training leaves the base's alone."""
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+
+    def follow(self, norm: _BatchNorm) -> BatchNormScaleShift:
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            value = getattr(norm, name)
+            self.register_buffer(name, None if value is None else value.clone())
+        return self
+
+
+class ScaleShiftBatchNorm(ScaleShiftLayer, _BatchNorm):
+    """nn.BatchNorm1d, nn.BatchNorm2d and nn.BatchNorm3d, as GroupNorm; merges in eval mode."""
+
+    channel_dim = 1
+    adapter: BatchNormScaleShift
+
+    @classmethod
+    def channels(cls, module: nn.Module) -> int:
+        return int(module.num_features)  # type: ignore[arg-type]
+
+    @classmethod
+    def new_adapter(cls, module: nn.Module, channel_dim: int, **options: Any) -> ScaleShift:
+        assert isinstance(module, _BatchNorm)
+        adapter = BatchNormScaleShift(module.num_features, channel_dim=channel_dim, **options)
+        return adapter.follow(module)
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
+        own = self.adapter
+        weight, bias = _composed(self.weight, self.bias, own)
+        momentum = self.momentum
+        if self.training and own.num_batches_tracked is not None:
+            own.num_batches_tracked.add_(1)
+            if momentum is None:
+                momentum = 1.0 / float(own.num_batches_tracked)
+        by_batch = self.training or own.running_mean is None
+        return F.batch_norm(
+            input, own.running_mean, own.running_var, weight, bias, by_batch, momentum or 0.0,
+            self.eps,
+        )  # fmt: skip
+
+    def merged_parameters(self) -> dict[str, Tensor]:
+        merged = super().merged_parameters()
+        buffers = self.adapter.named_buffers()
+        return {**merged, **{name: value.detach().clone() for name, value in buffers}}
+
+
+class ScaleShiftOther(ScaleShiftLayer):
+    """A layer that computes its output in a way of its own: one pass more."""
+
+    takes_bias = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.adapter.after(super().forward(*args, **kwargs))
+
+
+class FusedActivation(AdaptedLayer):
+    """An activation that the layer before has computed already."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input

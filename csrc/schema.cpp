@@ -15,6 +15,10 @@ const Schema kSchemas[] = {
     {"select", "threshold_csr(Tensor scores, float threshold, *, bool largest=True) -> (Tensor, Tensor)"},
     {"select", "topk_csr_factors(Tensor left, Tensor right, int k) -> (Tensor, Tensor)"},
     {"select", "random_scores(int rows, int columns, *, Tensor seed, Tensor step, int parameter_id) -> Tensor"},
+    // family half_mask
+    {"half_mask", "half_adamw_(Tensor(a!)[] self, Tensor[] grads, Tensor[] live, Tensor[] ranks, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] masters, Tensor[] state_steps, int[] parameter_ids, int[] mask_ids, *, str level, Tensor lr, float beta1, float beta2, float weight_decay, float eps, str eps_mode, bool maximize, str rounding, Tensor? mask_seed=None, Tensor? seed=None, Tensor? offset=None, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"},
+    {"half_mask", "random_mask(int count, *, Tensor mask_seed, int mask_id) -> Tensor"},
+    {"half_mask", "mask_counts(Tensor mask, int count) -> Tensor"},
 };
 // clang-format on
 const int kSchemaCount = sizeof(kSchemas) / sizeof(kSchemas[0]);

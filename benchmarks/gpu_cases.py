@@ -6,6 +6,7 @@ python benchmarks/gpu_cases.py --device cuda --size 96 --runs 1
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -32,6 +33,15 @@ def cases(device: str, size: int) -> dict[str, Callable[[], object]]:
     old, new = ops.topk_csr(scores, k), ops.topk_csr(other, k)
     values, moved = draw(k), torch.zeros(k, device=device)
     found_inf = torch.zeros((), device=device)
+    mask = ops.random_mask(size * size, mask_seed=seed, mask_id=0)
+    ranks = ops.mask_ranks(mask, size * size)
+    rows = torch.arange(0, size, 2, dtype=torch.int32, device=device)
+    nothing = torch.empty(0, dtype=torch.int64, device=device)
+    halves = {  # by level: what is live, ranks, the state's shape
+        "rows": (rows, nothing, (len(rows), size)),
+        "columns": (rows, nothing, (size, len(rows))),
+        "elements": (nothing.int(), ranks, (int(ranks[-1]),)),
+    }
     found: dict[str, Callable[[], object]] = {
         "topk_csr": lambda: ops.topk_csr(scores, k),
         "threshold_csr": lambda: ops.threshold_csr(scores, 1.6),
@@ -41,6 +51,8 @@ def cases(device: str, size: int) -> dict[str, Callable[[], object]]:
         ),
         "remap_": lambda: ops.remap_([moved], [values], *old, *new),
         "found_inf_": lambda: ops.found_inf_(found_inf, [scores], [old[0]], [old[1]]),
+        "random_mask": lambda: ops.random_mask(size * size, mask_seed=seed, mask_id=0),
+        "mask_counts": lambda: ops.mask_counts(mask, size * size),
     }
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         weight, grad = draw(size, size, dtype=dtype), draw(size, size, dtype=dtype)
@@ -55,6 +67,18 @@ def cases(device: str, size: int) -> dict[str, Callable[[], object]]:
                 rounding="stochastic", seed=seed,
             )  # fmt: skip
 
+        def half_step(level, live, ranks, half_moments, weight=weight, grad=grad, step=state_step):
+            ops.half_adamw_(
+                [weight], [grad], [live], [ranks], [half_moments[0]], [half_moments[1]], [], [step],
+                [0], [0], level=level, mask_seed=seed, lr=torch.tensor(1e-4), beta1=0.9,
+                beta2=0.95, weight_decay=0.01, eps=1e-8, rounding="stochastic", seed=seed,
+            )  # fmt: skip
+
+        for level, (live, half_ranks, shape) in halves.items():
+            half_moments = torch.zeros(2, *shape, device=device)
+            found[f"half_adamw_ {level} {str(dtype).removeprefix('torch.')}"] = functools.partial(
+                half_step, level, live, half_ranks, half_moments
+            )
         parameter = torch.nn.Parameter(weight.clone())
         parameter.grad = grad
         name = str(dtype).removeprefix("torch.")

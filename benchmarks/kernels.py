@@ -122,6 +122,15 @@ def random_scores(size: int) -> int:
     return ENTRIES * size
 
 
+def half_adamw(size: int) -> int:
+    """Elements: gradient read, weight read and written, moments of the live half."""
+    return 3 * size * ENTRIES + 16 * ENTRIES // 2
+
+
+def packed_mask(size: int) -> int:
+    return ENTRIES // 8
+
+
 # By op: bytes of weights, scores or values of 4 or 2 bytes; whether there is a bfloat16 form.
 BYTES: dict[str, tuple[Callable[[int], int], bool]] = {
     "sparse_adamw_": (sparse_adamw, True),
@@ -131,6 +140,9 @@ BYTES: dict[str, tuple[Callable[[int], int], bool]] = {
     "threshold_csr": (threshold, True),
     "topk_csr_factors": (topk_factors, False),
     "random_scores": (random_scores, False),
+    "half_adamw_": (half_adamw, True),
+    "random_mask": (packed_mask, False),
+    "mask_counts": (packed_mask, False),
 }
 
 
@@ -160,7 +172,7 @@ BYTES_HEAD = """
 
 A matrix of {n} by {n}, {density:.0%} of it selected, uniformly: the worst case, where {float32:.0%}
 of all 32-byte sectors of float32 hold a selected entry and {bfloat16:.0%} of bfloat16's. A
-scattered access counts its whole sector. Moments are float32 in a step and have the named dtype in
+scattered access counts its whole sector. `half_adamw_` steps half of the elements. Moments are float32 in a step and have the named dtype in
 `remap_`; factors have rank {rank}. Megabytes are 10^6 bytes; times are microseconds at the memory
 bandwidth of {bandwidths}, and count nothing else.
 

@@ -213,6 +213,15 @@ struct SparseAdamWList {
   bool draws;  // something is rounded stochastically
 };
 
+// Whether a step rounds a parameter's weights or moments stochastically.
+inline bool rounds_stochastically(const char* op, const Tensor& weight, const Tensor& moment, bool has_master,
+                                  bool stochastic) {
+  const ScalarType dtype = weight.scalar_type();
+  const bool rounded = dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+  STD_TORCH_CHECK(rounded || !has_master, op, ": masters are for bfloat16 and float16 parameters");
+  return (rounded && !has_master && stochastic) || moment.scalar_type() == ScalarType::BFloat16;
+}
+
 inline SparseAdamWList pack_list(const char* op, const SparseAdamWArguments& a, bool stochastic) {
   const size_t count = a.self.size();
   check_lengths(op, count,
@@ -222,11 +231,7 @@ inline SparseAdamWList pack_list(const char* op, const SparseAdamWArguments& a, 
   SparseAdamWList list{};
   for (size_t i = 0; i < count; ++i) {
     list.types.push_back(types_of(op, a.self[i], a.grads[i], a.exp_avgs[i]));
-    const ScalarType dtype = a.self[i].scalar_type();
-    const bool rounded = dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
-    STD_TORCH_CHECK(a.masters.empty() || rounded, op, ": masters are for bfloat16 and float16 parameters");
-    list.draws |=
-        (rounded && a.masters.empty() && stochastic) || a.exp_avgs[i].scalar_type() == ScalarType::BFloat16;
+    list.draws |= rounds_stochastically(op, a.self[i], a.exp_avgs[i], !a.masters.empty(), stochastic);
     list.matrices.push_back(pack_matrix(
         op, a.self[i], a.grads[i], a.crow_indices[i], a.col_indices[i], a.exp_avgs[i], a.exp_avg_sqs[i],
         a.masters.empty() ? nullptr : &a.masters[i], a.state_steps[i], a.parameter_ids[i]));

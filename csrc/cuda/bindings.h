@@ -2,6 +2,7 @@
 #pragma once
 #include <torch/csrc/stable/library.h>
 
+#include "../binding/half_mask.h"
 #include "../binding/select.h"
 #include "../binding/sparse_adamw.h"
 
@@ -20,6 +21,16 @@ Csr topk_csr_cuda(Tensor scores, int64_t k, bool largest);
 Csr threshold_csr_cuda(Tensor scores, double threshold, bool largest);
 Csr topk_csr_factors_cuda(Tensor left, Tensor right, int64_t k);
 Tensor random_scores_cuda(int64_t rows, int64_t columns, Tensor seed, Tensor step, int64_t parameter_id);
+void half_adamw_cuda_(TensorList self, TensorList grads, TensorList live, TensorList ranks,
+                      TensorList exp_avgs, TensorList exp_avg_sqs, TensorList masters, TensorList state_steps,
+                      std::vector<int64_t> parameter_ids, std::vector<int64_t> mask_ids, std::string level,
+                      Tensor lr, double beta1, double beta2, double weight_decay, double eps,
+                      std::string eps_mode, bool maximize, std::string rounding,
+                      std::optional<Tensor> mask_seed, std::optional<Tensor> seed,
+                      std::optional<Tensor> offset, std::optional<Tensor> grad_scale,
+                      std::optional<Tensor> found_inf);
+Tensor random_mask_cuda(int64_t count, Tensor mask_seed, int64_t mask_id);
+Tensor mask_counts_cuda(Tensor mask, int64_t count);
 
 // Adds every CUDA kernel to a library.
 inline void implement_cuda_ops(torch::stable::detail::StableLibrary& library) {
@@ -30,6 +41,9 @@ inline void implement_cuda_ops(torch::stable::detail::StableLibrary& library) {
   library.impl("threshold_csr", TORCH_BOX(&threshold_csr_cuda));
   library.impl("topk_csr_factors", TORCH_BOX(&topk_csr_factors_cuda));
   library.impl("random_scores", TORCH_BOX(&random_scores_cuda));
+  library.impl("half_adamw_", TORCH_BOX(&half_adamw_cuda_));
+  library.impl("random_mask", TORCH_BOX(&random_mask_cuda));
+  library.impl("mask_counts", TORCH_BOX(&mask_counts_cuda));
 }
 
 }  // namespace partune

@@ -1,5 +1,6 @@
 // The float64 kernels, in a translation unit of their own: everywhere else a double is a mistake that
 // fails the build.
+#include "half_mask.cuh"
 #include "launchers.h"
 #include "select.cuh"
 #include "sparse_adamw.cuh"
@@ -13,5 +14,10 @@ cudaError_t launch_sparse_adamw_float64(const SparseAdamWDeviceStep<double>& ste
 
 const SelectLaunchers select_float64 = Select<StoredScores<double, double>>::launchers();
 const SelectLaunchers select_factors_float64 = Select<FactorScores<double>>::launchers();
+
+cudaError_t launch_half_adamw_float64(const SparseAdamWDeviceStep<double>& step, const int64_t* mask_seed,
+                                      const HalfMatrix* matrices, int count, cudaStream_t stream) {
+  return launch_half_step<double, double, double>(step, mask_seed, matrices, count, stream);
+}
 
 }  // namespace partune

@@ -3,6 +3,7 @@
 #pragma once
 #include <cuda_runtime_api.h>
 
+#include "../kernels/half_mask.h"
 #include "../kernels/sparse_adamw.h"
 
 namespace partune {
@@ -54,5 +55,19 @@ extern const SelectLaunchers select_factors_float64, select_factors_float32;
 // scores[i] is a uniform number of element i, for i < count.
 cudaError_t launch_random_scores(float* scores, int64_t count, const int64_t* seed, const int64_t* step,
                                  uint32_t parameter_id, cudaStream_t stream);
+
+// ---- family half_mask ----
+
+// Each takes a list of non-empty matrices of one combination of dtypes and one level.
+cudaError_t launch_half_adamw(SparseAdamWTypes types, const SparseAdamWDeviceStep<float>& step,
+                              const int64_t* mask_seed, const HalfMatrix* matrices, int count,
+                              cudaStream_t stream);
+cudaError_t launch_half_adamw_float64(const SparseAdamWDeviceStep<double>& step, const int64_t* mask_seed,
+                                      const HalfMatrix* matrices, int count, cudaStream_t stream);
+
+// The packed mask of `count` entries, and the live entries of each tile of such a mask.
+cudaError_t launch_random_mask(uint32_t* mask, int64_t count, const int64_t* mask_seed, uint32_t mask_id,
+                             cudaStream_t stream);
+cudaError_t launch_mask_counts(const uint32_t* mask, int64_t count, int64_t* counts, cudaStream_t stream);
 
 }  // namespace partune

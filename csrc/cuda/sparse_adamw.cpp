@@ -7,38 +7,11 @@
 
 #include "bindings.h"
 #include "device.h"
+#include "device_step.h"
 #include "launchers.h"
 
 namespace partune {
 namespace {
-
-const float* device_float(const char* op, const char* name, const std::optional<Tensor>& tensor,
-                          const Tensor& like) {
-  if (!tensor) return nullptr;
-  check_scalar(op, name, *tensor, like, {ScalarType::Float});
-  return tensor->const_data_ptr<float>();
-}
-
-const int64_t* device_integer(const char* op, const char* name, const std::optional<Tensor>& tensor,
-                              const Tensor& like) {
-  if (!tensor) return nullptr;
-  check_scalar(op, name, *tensor, like, {ScalarType::Long});
-  return tensor->const_data_ptr<int64_t>();
-}
-
-// A learning rate on the CPU travels by value; one on the device is read there.
-template <typename Real>
-void set_lr(const char* op, const Tensor& lr, const Tensor& like, SparseAdamWDeviceStep<Real>& step) {
-  if (is_on_device(lr)) {
-    step.lr = device_float(op, "lr", lr, like);
-  } else if (lr.scalar_type() == ScalarType::Double) {
-    check_scalar(op, "lr", lr, lr, {ScalarType::Double});
-    step.lr_value = Real(*lr.const_data_ptr<double>());
-  } else {
-    check_scalar(op, "lr", lr, lr, {ScalarType::Float});
-    step.lr_value = Real(*lr.const_data_ptr<float>());
-  }
-}
 
 // The matrices whose entry in `kinds` is `kind`, those without entries left out.
 template <typename Kind>
@@ -49,12 +22,6 @@ std::vector<SparseAdamWMatrix> matrices_of(const std::vector<SparseAdamWMatrix>&
     if (kinds[i] == kind && matrices[i].nnz > 0) chosen.push_back(matrices[i]);
   }
   return chosen;
-}
-
-void check_one_device(const char* op, const TensorList& tensors) {
-  for (const Tensor& tensor : tensors) {
-    STD_TORCH_CHECK(tensor.device() == tensors[0].device(), op, ": all parameters must be on one device");
-  }
 }
 
 // All bits of a dtype's exponent: a number that has them is infinite or NaN.
@@ -86,15 +53,9 @@ void sparse_adamw_cuda_(TensorList self, TensorList grads, TensorList crow_indic
   check_one_device(op, self);
   const auto step_of = [&](auto real) {
     using Real = decltype(real);
-    SparseAdamWDeviceStep<Real> step{};
-    step.hyperparameters =
+    const auto hyperparameters =
         hyperparameters_of<Real>(op, beta1, beta2, weight_decay, eps, eps_mode, maximize, rounding);
-    set_lr(op, lr, self[0], step);
-    step.seed = device_integer(op, "seed", seed, self[0]);
-    step.offset = device_integer(op, "offset", offset, self[0]);
-    step.grad_scale = device_float(op, "grad_scale", grad_scale, self[0]);
-    step.found_inf = device_float(op, "found_inf", found_inf, self[0]);
-    return step;
+    return device_step(op, self[0], hyperparameters, lr, seed, offset, grad_scale, found_inf);
   };
   const SparseAdamWDeviceStep<float> step = step_of(float());
   const SparseAdamWList list = pack_list(op, arguments, step.hyperparameters.stochastic);

@@ -29,7 +29,8 @@ struct SparseAdamWLaunch {
 };
 static_assert(sizeof(SparseAdamWLaunch<double>) <= kLaunchParameterBytes, "a launch must fit its parameters");
 
-PARTUNE_FN int matrix_of_block(const SparseAdamWBatch& batch, int block) {
+template <typename Batch>
+PARTUNE_FN int matrix_of_block(const Batch& batch, int block) {
   int first = 0, last = batch.count;
   while (first < last) {
     const int middle = first + (last - first + 1) / 2;
@@ -100,25 +101,64 @@ PARTUNE_FN EntryPlaces locate_entries(const SparseAdamWMatrix& m, const int64_t 
 
 // ---- the step ----
 
+// What rounds the entries of one matrix in a step. Without a draw the key isn't used.
+struct EntryRounding {
+  bool stochastic;  // the weight; bfloat16 moments are rounded so in any case
+  PhiloxKey key;
+  uint32_t draw_step, parameter_id;
+};
+
+template <typename Weight, typename Real>
+PARTUNE_FN EntryRounding entry_rounding(const SparseAdamWMatrix& m, const SparseAdamWDeviceStep<Real>& step) {
+  const uint64_t seed = step.seed ? uint64_t(*step.seed) : 0;
+  EntryRounding rounding;
+  rounding.stochastic = sizeof(Weight) < sizeof(Real) && !m.master && step.hyperparameters.stochastic;
+  rounding.key = {uint32_t(seed), uint32_t(seed >> 32)};
+  rounding.draw_step = uint32_t(*m.state_step) + uint32_t(step.offset ? *step.offset : 0);
+  rounding.parameter_id = m.parameter_id;
+  return rounding;
+}
+
+// Steps the entry at `index`: `value` becomes the unrounded weight; returns the rounded one.
+template <typename Weight, typename State, typename Real>
+PARTUNE_FN Weight step_entry(Real grad, Real& value, State& average, State& square, uint64_t index,
+                             const AdamWCoefficients<Real>& coefficients, const EntryRounding& rounding) {
+  constexpr bool kRoundedState = sizeof(State) < sizeof(Real);
+  Real first = widen(average), second = widen(square);
+  adamw_update(grad, value, first, second, coefficients);
+  PhiloxBlock random = {};
+  if (rounding.stochastic || kRoundedState) {
+    random = philox(index, rounding.draw_step, rounding.parameter_id, rounding.key);
+  }
+  if (kRoundedState) {
+    round_stochastic(first, random.word[1], average);
+    round_stochastic(second, random.word[2], square);
+  } else {
+    round_nearest(first, average);
+    round_nearest(second, square);
+  }
+  Weight rounded;
+  if (rounding.stochastic) {
+    round_stochastic(value, random.word[0], rounded);
+  } else {
+    round_nearest(value, rounded);
+  }
+  return rounded;
+}
+
 template <typename Weight, typename Grad, typename State, typename Real>
 PARTUNE_FN void step_entries(const SparseAdamWMatrix& m, const SparseAdamWDeviceStep<Real>& step,
-                             const AdamWCoefficients<Real>& coefficients, const int64_t (&tile_rows)[2],
+                             const AdamWCoefficients<Real>& coefficients, const EntryPlaces& places,
                              int64_t position, int count) {
-  constexpr bool kRoundedWeight = sizeof(Weight) < sizeof(Real);
-  constexpr bool kRoundedState = sizeof(State) < sizeof(Real);
   Weight* weight = static_cast<Weight*>(m.weight);
   const Grad* grad = static_cast<const Grad*>(m.grad);
   State* exp_avg = static_cast<State*>(m.exp_avg) + position;
   State* exp_avg_sq = static_cast<State*>(m.exp_avg_sq) + position;
+  bool has_master = false;
+  if constexpr (sizeof(Weight) < sizeof(Real)) has_master = m.master != nullptr;
   const bool aligned = is_aligned(exp_avg) && is_aligned(exp_avg_sq) && is_aligned(m.master);
-  bool has_master = false, stochastic = false;
-  if constexpr (kRoundedWeight) {
-    has_master = m.master != nullptr;
-    stochastic = !has_master && step.hyperparameters.stochastic;
-  }
 
   // All loads first: a thread has eight scattered reads under way.
-  const EntryPlaces places = locate_entries(m, tile_rows, position, count);
   Pack4<State> average = load_pack(exp_avg, count, aligned);
   Pack4<State> square = load_pack(exp_avg_sq, count, aligned);
   Pack4<float> master = {};
@@ -132,39 +172,27 @@ PARTUNE_FN void step_entries(const SparseAdamWMatrix& m, const SparseAdamWDevice
     }
   }
 
-  const uint64_t seed = step.seed ? uint64_t(*step.seed) : 0;
-  const PhiloxKey key{uint32_t(seed), uint32_t(seed >> 32)};
-  const uint32_t draw_step = uint32_t(*m.state_step) + uint32_t(step.offset ? *step.offset : 0);
+  const EntryRounding rounding = entry_rounding<Weight>(m, step);
   PARTUNE_UNROLL
   for (int i = 0; i < 4; ++i) {
     if (i < count) {
-      Real first = widen(average.at[i]), second = widen(square.at[i]);
       Real value = values[i];
-      adamw_update(grads[i], value, first, second, coefficients);
-      PhiloxBlock random = {};
-      if (stochastic || kRoundedState) {
-        random = philox(uint64_t(places.index[i]), draw_step, m.parameter_id, key);
-      }
-      if (kRoundedState) {
-        round_stochastic(first, random.word[1], average.at[i]);
-        round_stochastic(second, random.word[2], square.at[i]);
-      } else {
-        round_nearest(first, average.at[i]);
-        round_nearest(second, square.at[i]);
-      }
-      Weight rounded;
-      if (stochastic) {
-        round_stochastic(value, random.word[0], rounded);
-      } else {
-        round_nearest(value, rounded);
-      }
-      weight[places.weight[i]] = rounded;
+      weight[places.weight[i]] = step_entry<Weight>(grads[i], value, average.at[i], square.at[i],
+                                                    uint64_t(places.index[i]), coefficients, rounding);
       master.at[i] = float(value);
     }
   }
   store_pack(average, exp_avg, count, aligned);
   store_pack(square, exp_avg_sq, count, aligned);
   if (has_master) store_pack(master, m.master + position, count, aligned);
+}
+
+template <typename Real>
+PARTUNE_FN AdamWCoefficients<Real> step_coefficients(const SparseAdamWMatrix& m,
+                                                     const SparseAdamWDeviceStep<Real>& step) {
+  const Real lr = step.lr ? Real(*step.lr) : step.lr_value;
+  const Real grad_scale = step.grad_scale ? Real(*step.grad_scale) : Real(1);
+  return adamw_coefficients(step.hyperparameters, lr, grad_scale, uint32_t(*m.state_step));
 }
 
 // SASS <float, float, float>: LDG.E.128 x3, STG.E.128 x2
@@ -179,16 +207,12 @@ __global__ void __launch_bounds__(kBlock, sizeof(Real) == 4 ? 3 : 2)
   const SparseAdamWMatrix& m = launch.batch.matrices[number];
   const EntryTile<kBlock> tile(int(blockIdx.x) - launch.batch.first_block[number], m.nnz);
   find_tile_rows(m.crow_indices, m.rows, tile, tile_rows);
-  if (threadIdx.x == 32) {
-    const Real lr = launch.step.lr ? Real(*launch.step.lr) : launch.step.lr_value;
-    const Real grad_scale = launch.step.grad_scale ? Real(*launch.step.grad_scale) : Real(1);
-    coefficients[0] =
-        adamw_coefficients(launch.step.hyperparameters, lr, grad_scale, uint32_t(*m.state_step));
-  }
+  if (threadIdx.x == 32) coefficients[0] = step_coefficients(m, launch.step);
   __syncthreads();
   const bool wanted = !launch.step.found_inf || *launch.step.found_inf == 0;
   if (wanted) {
-    step_entries<Weight, Grad, State>(m, launch.step, coefficients[0], tile_rows, tile.position, tile.count);
+    const EntryPlaces places = locate_entries(m, tile_rows, tile.position, tile.count);
+    step_entries<Weight, Grad, State>(m, launch.step, coefficients[0], places, tile.position, tile.count);
   }
 }
 

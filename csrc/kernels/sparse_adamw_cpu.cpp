@@ -3,11 +3,7 @@
 // so that their cache lines are on their way while this one is computed.
 #include "sparse_adamw_cpu.h"
 
-#include "philox_cpu.h"
-
-#ifndef PARTUNE_ISA
-#error "PARTUNE_ISA names the namespace, and so the instruction set, that this file is built for"
-#endif
+#include "adamw_tile_cpu.h"
 
 namespace partune {
 namespace PARTUNE_ISA {
@@ -115,91 +111,11 @@ void gather_both(const Weight* weight, const Grad* grad, const int64_t* offsets,
   }
 }
 
-// Values to compute with: those stored, where there is nothing to widen.
-template <typename Stored, typename Real>
-Real* widened(Stored* stored, int count, Real* out) {
-  if constexpr (sizeof(Stored) == sizeof(Real)) {
-    return stored;
-  } else {
-    for (int i = 0; i < count; ++i) out[i] = widen(stored[i]);
-    return out;
-  }
-}
-
-template <typename Stored>
-void scatter(const Stored* values, const int64_t* offsets, int count, Stored* to) {
-  for (int i = 0; i < count; ++i) {
-    asm volatile("");  // keeps the loop scalar: the machine's scatter instructions are slower
-    to[offsets[i]] = values[i];
-  }
-}
-
-template <typename Stored, typename Real>
-void round_tile(const Real* values, const uint32_t* random, int count, Stored* out) {
-  if (random) {
-    for (int i = 0; i < count; ++i) round_stochastic(values[i], random[i], out[i]);
-  } else {
-    for (int i = 0; i < count; ++i) round_nearest(values[i], out[i]);
-  }
-}
-
-struct TileRandom {
-  uint32_t weight[kTile], exp_avg[kTile], exp_avg_sq[kTile];
-};
-
-// Draws whole vectors: index has kTile places, those beyond count are drawn for nothing.
-void draw(const int64_t* index, int count, bool for_state, uint32_t step, uint32_t parameter_id,
-          PhiloxKey key, TileRandom& random) {
-  for (int i = 0; i < count; i += kWords) {
-    const Words indices = load_words(reinterpret_cast<const uint64_t*>(index + i));
-    const PhiloxWords drawn = philox(indices, step, parameter_id, key);
-    store_low_halves(drawn.word[0], random.weight + i);
-    if (for_state) {
-      store_low_halves(drawn.word[1], random.exp_avg + i);
-      store_low_halves(drawn.word[2], random.exp_avg_sq + i);
-    }
-  }
-}
-
-template <typename Real>
-void update(const Real* grad, Real* weight, Real* exp_avg, Real* exp_avg_sq, int count,
-            const AdamWCoefficients<Real>& coefficients) {
-  const AdamWCoefficients<Real> c = coefficients;
-#pragma GCC ivdep
-  for (int i = 0; i < count; ++i) adamw_update(grad[i], weight[i], exp_avg[i], exp_avg_sq[i], c);
-}
-
-template <typename Real>
-AdamWCoefficients<Real> coefficients_of(const SparseAdamWMatrix& m, const SparseAdamWStep& s) {
-  const AdamWHyperparameters<double>& h = s.hyperparameters;
-  const AdamWHyperparameters<Real> narrowed{Real(h.beta1),        Real(h.one_minus_beta1),
-                                            Real(h.beta2),        Real(h.one_minus_beta2),
-                                            Real(h.weight_decay), Real(h.eps),
-                                            h.corrected,          h.maximize,
-                                            h.stochastic};
-  return adamw_coefficients(narrowed, Real(s.lr), Real(s.grad_scale), uint32_t(*m.state_step));
-}
-
-template <typename Weight, typename Grad, typename Real>
-struct TileValues {
-  Weight raw_weight[kTile];
-  Grad raw_grad[kTile];
-  Real grad[kTile], weight[kTile], exp_avg[kTile], exp_avg_sq[kTile];
-};
-
 template <typename Weight, typename Grad, typename State, typename Real>
 class Stepper {
-  static constexpr bool kRoundedState = sizeof(State) < sizeof(Real);
-  static constexpr bool kRoundedWeight = sizeof(Weight) < sizeof(Real);
-
  public:
   Stepper(const SparseAdamWMatrix& m, const SparseAdamWStep& s)
-      : m_(m),
-        is_sparse_(m.crow_indices != nullptr),
-        stochastic_(kRoundedWeight && !m.master && s.hyperparameters.stochastic),
-        coefficients_(coefficients_of<Real>(m, s)),
-        key_(s.key),
-        draw_step_(uint32_t(*m.state_step) + s.offset) {}
+      : m_(m), is_sparse_(m.crow_indices != nullptr), stepper_(m, s) {}
 
   void run(int64_t begin, int64_t end) {
     TileOffsets ring[kAhead + 1];  // the tile at `place`, then those to come
@@ -219,7 +135,7 @@ class Stepper {
       const bool ahead_is_full = tile + (kAhead + 1) * int64_t(kTile) <= end;
       if (is_sparse_) {
         if (cursor.position < end) locate(m_, cursor, end, ahead);
-      } else {
+      } else if (stepper_.draws()) {
         for (int i = 0; i < count; ++i) now.index[i] = tile + i;
       }
       step_tile(tile, count, now, ahead_is_full ? ahead : now);
@@ -247,63 +163,34 @@ class Stepper {
   void gather_tile(int count, const TileOffsets& now, const TileOffsets& ahead) {
     const Weight* weight = static_cast<const Weight*>(m_.weight);
     const Grad* grad = static_cast<const Grad*>(m_.grad);
-    const bool wants_weight = !has_master(), wants_grad = !m_.grad_is_compact;
+    const bool wants_weight = !stepper_.has_master(), wants_grad = !m_.grad_is_compact;
     if (wants_weight && wants_grad && weight_offsets(now) == grad_offsets(now)) {
-      gather_both(weight, grad, now.index, ahead.index, count, values_.raw_weight, values_.raw_grad);
+      gather_both(weight, grad, now.index, ahead.index, count, raw_weight_, raw_grad_);
       return;
     }
     if (wants_weight) {
-      gather(weight, weight_offsets(now), weight_offsets(ahead), count, values_.raw_weight);
+      gather(weight, weight_offsets(now), weight_offsets(ahead), count, raw_weight_);
     } else {
       const int64_t* offsets = weight_offsets(ahead);
       for (int i = 0; i < count; ++i) request(weight + offsets[i]);
     }
-    if (wants_grad) gather(grad, grad_offsets(now), grad_offsets(ahead), count, values_.raw_grad);
+    if (wants_grad) gather(grad, grad_offsets(now), grad_offsets(ahead), count, raw_grad_);
   }
 
-  bool has_master() const { return kRoundedWeight && m_.master; }
-
   void step_tile(int64_t tile, int count, const TileOffsets& now, const TileOffsets& ahead) {
-    Weight* stored_weight = is_sparse_ ? values_.raw_weight : static_cast<Weight*>(m_.weight) + tile;
-    Grad* stored_grad = values_.raw_grad;
-    State* stored_exp_avg = static_cast<State*>(m_.exp_avg) + tile;
-    State* stored_exp_avg_sq = static_cast<State*>(m_.exp_avg_sq) + tile;
     if (is_sparse_) gather_tile(count, now, ahead);
-    if (!is_sparse_ || m_.grad_is_compact)
-      stored_grad = static_cast<Grad*>(const_cast<void*>(m_.grad)) + tile;
-
-    const Real* grad = widened(stored_grad, count, values_.grad);
-    Real* weight = nullptr;
-    if constexpr (kRoundedWeight) {
-      weight = m_.master ? m_.master + tile : widened(stored_weight, count, values_.weight);
-    } else {
-      weight = stored_weight;
-    }
-    Real* exp_avg = widened(stored_exp_avg, count, values_.exp_avg);
-    Real* exp_avg_sq = widened(stored_exp_avg_sq, count, values_.exp_avg_sq);
-    update(grad, weight, exp_avg, exp_avg_sq, count, coefficients_);
-
-    if (stochastic_ || kRoundedState) {
-      draw(now.index, count, kRoundedState, draw_step_, m_.parameter_id, key_, random_);
-    }
-    if constexpr (kRoundedState) {
-      round_tile(exp_avg, random_.exp_avg, count, stored_exp_avg);
-      round_tile(exp_avg_sq, random_.exp_avg_sq, count, stored_exp_avg_sq);
-    }
-    if constexpr (kRoundedWeight) {
-      round_tile(weight, stochastic_ ? random_.weight : nullptr, count, stored_weight);
-    }
-    if (is_sparse_) scatter(stored_weight, weight_offsets(now), count, static_cast<Weight*>(m_.weight));
+    const bool grad_in_place = !is_sparse_ || m_.grad_is_compact;
+    stepper_.step(tile, count, is_sparse_ ? raw_weight_ : static_cast<Weight*>(m_.weight) + tile,
+                  grad_in_place ? static_cast<Grad*>(const_cast<void*>(m_.grad)) + tile : raw_grad_,
+                  now.index);
+    if (is_sparse_) scatter(raw_weight_, weight_offsets(now), count, static_cast<Weight*>(m_.weight));
   }
 
   const SparseAdamWMatrix& m_;
   const bool is_sparse_;
-  const bool stochastic_;
-  const AdamWCoefficients<Real> coefficients_;
-  const PhiloxKey key_;
-  const uint32_t draw_step_;
-  TileValues<Weight, Grad, Real> values_;
-  TileRandom random_;
+  TileStepper<Weight, Grad, State, Real, kTile> stepper_;
+  Weight raw_weight_[kTile];
+  Grad raw_grad_[kTile];
 };
 
 template <typename Weight, typename Grad, typename State, typename Real>

@@ -1,6 +1,7 @@
 """The core's ops in Python: signatures, checks, fake kernels and plain-torch references."""
 
 from partune.ops._scale_shift_autograd import kept_inputs
+from partune.ops.half_mask import half_adamw_, mask_counts, mask_ranks, random_mask
 from partune.ops.scale_shift import scale_shift, scale_shift_, scale_shift_backward
 from partune.ops.scale_shift_norm import (
     layer_norm_scale_shift,
@@ -13,9 +14,13 @@ from partune.ops.sparse_adamw import found_inf_, remap_, sparse_adamw_
 
 __all__ = [
     "found_inf_",
+    "half_adamw_",
     "kept_inputs",
     "layer_norm_scale_shift",
     "layer_norm_scale_shift_backward",
+    "mask_counts",
+    "mask_ranks",
+    "random_mask",
     "random_scores",
     "remap_",
     "rms_norm_scale_shift",

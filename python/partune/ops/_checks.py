@@ -58,6 +58,13 @@ def same_dtype(name: str, value: Tensor, first: torch.dtype, index: int) -> None
         )
 
 
+def grad_dtype(grad: Tensor, weight: Tensor, index: int) -> None:
+    """The parameter's dtype, or float32 beside 16-bit parameters."""
+    if grad.dtype is not weight.dtype:
+        wide = (torch.float32,) if weight.dtype in SIXTEEN_BIT else ()
+        dtype("grads", grad, (weight.dtype, *wide), index)
+
+
 def shape(name: str, value: Tensor, wanted: Sequence[int], index: int | None = None) -> None:
     if value.shape != wanted:
         raise ValueError(

@@ -39,30 +39,14 @@ def check_sparse_adamw_(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
-    check.tensors("self", self, self[0].device if self and isinstance(self[0], Tensor) else None)
-    device = self[0].device if self else None
     lists = {
         "grads": grads, "crow_indices": crow_indices, "col_indices": col_indices,
         "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "state_steps": state_steps,
     }  # fmt: skip
-    for name, values in lists.items():
-        check.tensors(name, values, device)
-        check.length(name, values, len(self))
-    check.tensors("masters", masters, device)
-    if len(masters) not in (0, len(self)):
-        raise ValueError(f"masters: got {len(masters)} entries, want none or {len(self)}")
-    check.length("parameter_ids", parameter_ids, len(self))
-    if isinstance(lr, Tensor) and lr.device.type == "cpu":  # it travels by value
-        check.scalar("lr", lr, (torch.float32, torch.float64), None)
-    else:
-        check.scalar("lr", lr, _FLOAT32, device)
-    _check_hyperparameters(beta1, beta2, weight_decay, eps, eps_mode, rounding)
-    for name, scalar, dtypes in (
-        ("seed", seed, _INT64), ("offset", offset, _INT64),
-        ("grad_scale", grad_scale, _FLOAT32), ("found_inf", found_inf, _FLOAT32),
-    ):  # fmt: skip
-        if scalar is not None:
-            check.scalar(name, scalar, dtypes, device)
+    device = check_step(
+        self, lists, masters, parameter_ids, lr, (beta1, beta2), weight_decay, eps, eps_mode,
+        rounding, seed, offset, grad_scale, found_inf,
+    )  # fmt: skip
     for i, weight in enumerate(self):
         check.dtype("self", weight, check.FLOATING, i)
         check.same_dtype("self", weight, self[0].dtype, i)
@@ -77,7 +61,47 @@ def check_sparse_adamw_(
         check.scalar("state_steps", state_steps[i], _FLOAT32, device, i)
         check.parameter_id("parameter_ids", parameter_ids[i], i)
     if self:
-        _check_state_dtypes(self[0], exp_avgs[0], masters, rounding, seed)
+        check_state_dtypes(self[0], exp_avgs[0], masters, rounding, seed)
+
+
+def check_step(
+    self: Sequence[Tensor],
+    lists: dict[str, Sequence[Tensor]],
+    masters: Sequence[Tensor],
+    parameter_ids: Sequence[int],
+    lr: Tensor,
+    betas: tuple[float, float],
+    weight_decay: float,
+    eps: float,
+    eps_mode: str,
+    rounding: str,
+    seed: Tensor | None,
+    offset: Tensor | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> torch.device | None:
+    """What every AdamW step takes: lists of one length on one device, and the numbers of a step."""
+    check.tensors("self", self, self[0].device if self and isinstance(self[0], Tensor) else None)
+    device = self[0].device if self else None
+    for name, values in lists.items():
+        check.tensors(name, values, device)
+        check.length(name, values, len(self))
+    check.tensors("masters", masters, device)
+    if len(masters) not in (0, len(self)):
+        raise ValueError(f"masters: got {len(masters)} entries, want none or {len(self)}")
+    check.length("parameter_ids", parameter_ids, len(self))
+    if isinstance(lr, Tensor) and lr.device.type == "cpu":  # it travels by value
+        check.scalar("lr", lr, (torch.float32, torch.float64), None)
+    else:
+        check.scalar("lr", lr, _FLOAT32, device)
+    _check_hyperparameters(*betas, weight_decay, eps, eps_mode, rounding)
+    for name, scalar, dtypes in (
+        ("seed", seed, _INT64), ("offset", offset, _INT64),
+        ("grad_scale", grad_scale, _FLOAT32), ("found_inf", found_inf, _FLOAT32),
+    ):  # fmt: skip
+        if scalar is not None:
+            check.scalar(name, scalar, dtypes, device)
+    return device
 
 
 def _check_hyperparameters(
@@ -96,9 +120,7 @@ def _check_hyperparameters(
 def _check_grad(
     i: int, weight: Tensor, grad: Tensor, crow_indices: Tensor, col_indices: Tensor
 ) -> None:
-    if grad.dtype is not weight.dtype:
-        sixteen_bit = weight.dtype in check.SIXTEEN_BIT
-        check.dtype("grads", grad, (weight.dtype, *(_FLOAT32 if sixteen_bit else ())), i)
+    check.grad_dtype(grad, weight, i)
     check.csr(crow_indices, col_indices, i)
     if crow_indices.numel() == 0:
         check.shape("grads", grad, weight.shape, i)
@@ -145,7 +167,7 @@ def _check_state(name: str, i: int, value: Tensor, weight: Tensor, shape: Sequen
         check.contiguous(name, value, i)
 
 
-def _check_state_dtypes(
+def check_state_dtypes(
     weight: Tensor, moment: Tensor, masters: Sequence[Tensor], rounding: str, seed: Tensor | None
 ) -> None:
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32

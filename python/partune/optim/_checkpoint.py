@@ -24,6 +24,7 @@ from partune.optim._options import (
     named_parameters,
 )
 from partune.selection import Selection
+from partune.selection.half.live import LiveHalf
 from partune.selection.protocol import describe
 
 
@@ -45,7 +46,9 @@ def _description(selection: Selection | None) -> dict[str, Any] | None:
 
 
 def restore(
-    param_groups: Sequence[dict[str, Any]], state_dict: Mapping[str, Any]
+    param_groups: Sequence[dict[str, Any]],
+    state_dict: Mapping[str, Any],
+    halves: Mapping[Tensor, LiveHalf] | None = None,
 ) -> dict[str, Any]:
     """The groups and the state of a checkpoint, as new objects; errors name what doesn't fit."""
     saved_groups = copy.deepcopy(state_dict["param_groups"])
@@ -66,7 +69,8 @@ def restore(
         elif saved:
             group, name, parameter = known[saved_id]
             try:
-                state[parameter] = _restore_state(parameter, group, saved)
+                half = None if halves is None else halves.get(parameter)
+                state[parameter] = _restore_state(parameter, group, saved, half)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"state_dict, {name}: {error}") from None
     return {"state": state, "param_groups": groups}
@@ -80,13 +84,15 @@ def _restore_group(group: dict[str, Any], saved: dict[str, Any]) -> dict[str, An
             f"state_dict: got a group without {', '.join(sorted(missing))}; it is not a checkpoint "
             "of this optimizer"
         )
-    wanted = _description(group["selection"])
-    if saved["selection"] != wanted:
-        raise ValueError(
-            f"state_dict: got a selection {saved['selection']}, want {wanted}; build the optimizer "
-            "with the selection of the checkpoint"
-        )
-    restored = {**saved, "params": group["params"], "selection": group["selection"]}
+    restored = {**saved, "params": group["params"]}
+    if "selection" in group:
+        wanted = _description(group["selection"])
+        if saved["selection"] != wanted:
+            raise ValueError(
+                f"state_dict: got a selection {saved['selection']}, want {wanted}; build the "
+                "optimizer with the selection of the checkpoint"
+            )
+        restored["selection"] = group["selection"]
     if "param_names" in group:
         restored.setdefault("param_names", group["param_names"])
     check_options(restored)
@@ -95,7 +101,7 @@ def _restore_group(group: dict[str, Any], saved: dict[str, Any]) -> dict[str, An
 
 
 def _restore_state(
-    parameter: Tensor, group: Mapping[str, Any], saved: Mapping[str, Any]
+    parameter: Tensor, group: Mapping[str, Any], saved: Mapping[str, Any], half: LiveHalf | None
 ) -> dict[str, Any]:
     selected, master = is_selected(parameter, group), keeps_master(parameter, group)
     names = {"exp_avg", "exp_avg_sq", "step", "parameter_id"}
@@ -110,7 +116,8 @@ def _restore_state(
         raise ValueError(f"step: got {float(step)}, want a count")
     if selected:
         _check_csr(Layout.of(parameter), group, saved["crow_indices"], saved["col_indices"])
-    shape = saved["col_indices"].shape if selected else parameter.shape
+    whole = parameter.shape if half is None else half.shape
+    shape = saved["col_indices"].shape if selected else whole
     moments = {
         "exp_avg": moment_dtype(parameter, group),
         "exp_avg_sq": moment_dtype(parameter, group),
@@ -122,7 +129,7 @@ def _restore_state(
     if selected:
         _check_selection_state(parameter, group["selection"], saved["selection"], int(step))
     restored: dict[str, Any] = _copied(saved, parameter.device)
-    if not selected:
+    if not selected and half is None:
         for name in names - {"step", "parameter_id"}:
             like = torch.empty_like(parameter, dtype=saved[name].dtype)
             restored[name] = like.copy_(saved[name])

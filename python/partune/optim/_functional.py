@@ -4,11 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from partune import ops
+from partune.selection.half.live import LiveHalf
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class StepOptions(TypedDict):
+    """The numbers of a step, alike for all of its parameters."""
+
+    lr: float | Tensor
+    betas: tuple[float, float]
+    weight_decay: float
+    eps: float
+    eps_mode: str
+    maximize: bool
+    seed: int
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
 
 
 def sparse_adamw(
@@ -21,29 +40,13 @@ def sparse_adamw(
     masters: Sequence[Tensor],
     state_steps: list[Tensor],
     parameter_ids: Sequence[int],
-    *,
-    lr: float | Tensor,
-    betas: tuple[float, float],
-    weight_decay: float,
-    eps: float,
-    eps_mode: str,
-    maximize: bool,
-    seed: int,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
+    **options: Unpack[StepOptions],
 ) -> None:
     """Count the steps up and update the selected entries of parameters alike in dtype and device.
 
     16-bit parameters without masters and bfloat16 moments are rounded stochastically. Where
     found_inf isn't 0 the step is neither counted nor taken; nobody waits to learn which.
     """
-    device = parameters[0].device
-    torch._foreach_add_(state_steps, torch.ones((), dtype=torch.float32), alpha=1.0)
-    if found_inf is not None:
-        found_inf = found_inf.reshape(()).to(device)
-        torch._foreach_sub_(state_steps, [found_inf] * len(state_steps))
-    stochastic = parameters[0].dtype in (torch.bfloat16, torch.float16) and not masters
-    draws = stochastic or exp_avgs[0].dtype == torch.bfloat16
     ops.sparse_adamw_(
         parameters,
         grads,
@@ -54,18 +57,70 @@ def sparse_adamw(
         masters,
         state_steps,
         parameter_ids,
-        lr=learning_rate(lr, device),
-        beta1=betas[0],
-        beta2=betas[1],
-        weight_decay=weight_decay,
-        eps=eps,
-        eps_mode=eps_mode,
-        maximize=maximize,
-        rounding="stochastic" if stochastic else "nearest",
-        seed=torch.full((), seed, dtype=torch.int64, device=device) if draws else None,
-        grad_scale=None if grad_scale is None else grad_scale.reshape(()).to(device),
-        found_inf=found_inf,
+        **_begin_step(parameters[0], exp_avgs[0], masters, state_steps, options),
     )
+
+
+def half_adamw(
+    parameters: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    halves: Sequence[LiveHalf],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    masters: Sequence[Tensor],
+    state_steps: list[Tensor],
+    parameter_ids: Sequence[int],
+    **options: Unpack[StepOptions],
+) -> None:
+    """The same for parameters of which rows, columns or elements are live, all of one level."""
+    ops.half_adamw_(
+        parameters,
+        grads,
+        [half.live for half in halves],
+        [half.ranks for half in halves],
+        exp_avgs,
+        exp_avg_sqs,
+        masters,
+        state_steps,
+        parameter_ids,
+        [half.mask_id for half in halves],
+        level=halves[0].level,
+        mask_seed=halves[0].mask_seed,
+        **_begin_step(parameters[0], exp_avgs[0], masters, state_steps, options),
+    )
+
+
+def _begin_step(
+    parameter: Tensor,
+    exp_avg: Tensor,
+    masters: Sequence[Tensor],
+    state_steps: list[Tensor],
+    options: StepOptions,
+) -> dict[str, Any]:
+    """Count the steps up; the options as the ops take them."""
+    device, found_inf = parameter.device, options["found_inf"]
+    torch._foreach_add_(state_steps, torch.ones((), dtype=torch.float32), alpha=1.0)
+    if found_inf is not None:
+        found_inf = found_inf.reshape(()).to(device)
+        torch._foreach_sub_(state_steps, [found_inf] * len(state_steps))
+    stochastic = parameter.dtype in (torch.bfloat16, torch.float16) and not masters
+    draws = stochastic or exp_avg.dtype == torch.bfloat16
+    grad_scale = options["grad_scale"]
+    return {
+        "lr": learning_rate(options["lr"], device),
+        "beta1": options["betas"][0],
+        "beta2": options["betas"][1],
+        "weight_decay": options["weight_decay"],
+        "eps": options["eps"],
+        "eps_mode": options["eps_mode"],
+        "maximize": options["maximize"],
+        "rounding": "stochastic" if stochastic else "nearest",
+        "seed": torch.full((), options["seed"], dtype=torch.int64, device=device)
+        if draws
+        else None,
+        "grad_scale": None if grad_scale is None else grad_scale.reshape(()).to(device),
+        "found_inf": found_inf,
+    }
 
 
 def learning_rate(lr: float | Tensor, device: torch.device) -> Tensor:

@@ -66,7 +66,7 @@ class Layout:
 
 def is_selected(parameter: Tensor, group: Mapping[str, Any]) -> bool:
     """Whether a parameter is stepped by selected entries, not densely."""
-    return group["selection"] is not None and parameter.dim() >= 2 and parameter.numel() > 0
+    return group.get("selection") is not None and parameter.dim() >= 2 and parameter.numel() > 0
 
 
 def keeps_master(parameter: Tensor, group: Mapping[str, Any]) -> bool:
@@ -103,6 +103,20 @@ def check_options(group: Mapping[str, Any]) -> None:
     if len(betas) != 2 or not all(0.0 <= float(beta) < 1.0 for beta in betas):
         raise ValueError(f"betas: got {betas}, want two numbers, each 0 <= beta < 1")
     one_of("eps_mode", group["eps_mode"], EPS_MODES)
+    if "selection" in group:
+        _check_selection(group)
+    if group["state_dtype"] not in (None, torch.float32, torch.float64, torch.bfloat16):
+        raise TypeError(f"state_dtype: got {group['state_dtype']}, want None or torch.bfloat16")
+    if not isinstance(group["seed"], int) or not -(2**63) <= group["seed"] < 2**63:
+        raise ValueError(f"seed: got {group['seed']!r}, want an int of 64 bits")
+    for name in _UNSUPPORTED:
+        if group[name]:
+            raise ValueError(
+                f"{name}: got {group[name]!r}, which partune doesn't support; leave it"
+            )
+
+
+def _check_selection(group: Mapping[str, Any]) -> None:
     selection = group["selection"]
     if selection is not None and (
         not isinstance(selection, Selection) or isinstance(selection, type)
@@ -115,15 +129,6 @@ def check_options(group: Mapping[str, Any]) -> None:
     interval = group["refresh_interval"]
     if interval is not None and (not isinstance(interval, int) or interval < 0):
         raise ValueError(f"refresh_interval: got {interval!r}, want steps, or None for never")
-    if group["state_dtype"] not in (None, torch.float32, torch.float64, torch.bfloat16):
-        raise TypeError(f"state_dtype: got {group['state_dtype']}, want None or torch.bfloat16")
-    if not isinstance(group["seed"], int) or not -(2**63) <= group["seed"] < 2**63:
-        raise ValueError(f"seed: got {group['seed']!r}, want an int of 64 bits")
-    for name in _UNSUPPORTED:
-        if group[name]:
-            raise ValueError(
-                f"{name}: got {group[name]!r}, which partune doesn't support; leave it"
-            )
 
 
 def _check_budget(density: float | None, budget_rank: int | None) -> None:

@@ -13,6 +13,7 @@ from partune import ops
 from partune.ops.csr import gather, stack_csr
 from partune.optim._options import Layout, keeps_master, moment_dtype
 from partune.selection import Selection, topk_csr
+from partune.selection.half.live import LiveHalf
 from partune.selection.protocol import State
 
 
@@ -114,13 +115,32 @@ def install(
 
 def dense_state(parameter: Tensor, group: dict[str, Any], parameter_id: int) -> dict[str, Any]:
     """The state of a parameter that is stepped whole."""
-    dtype = moment_dtype(parameter, group)
-    state: dict[str, Any] = {
-        name: torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
-        for name in ("exp_avg", "exp_avg_sq")
-    }
+
+    def zeros() -> Tensor:
+        dtype = moment_dtype(parameter, group)
+        return torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
+
+    state: dict[str, Any] = {"exp_avg": zeros(), "exp_avg_sq": zeros()}
     if keeps_master(parameter, group):
         state["master"] = parameter.detach().to(torch.float32, memory_format=torch.preserve_format)
-    state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-    state["parameter_id"] = parameter_id
-    return state
+    return {**state, **_count(parameter, parameter_id)}
+
+
+def half_state(
+    parameter: Tensor, group: dict[str, Any], parameter_id: int, half: LiveHalf
+) -> dict[str, Any]:
+    """The state of a parameter of which rows, columns or elements are live: theirs alone."""
+
+    def zeros() -> Tensor:
+        dtype = moment_dtype(parameter, group)
+        return torch.zeros(half.shape, dtype=dtype, device=parameter.device)
+
+    state: dict[str, Any] = {"exp_avg": zeros(), "exp_avg_sq": zeros()}
+    if keeps_master(parameter, group):
+        state["master"] = half.read(parameter.detach()).to(torch.float32)
+    return {**state, **_count(parameter, parameter_id)}
+
+
+def _count(parameter: Tensor, parameter_id: int) -> dict[str, Any]:
+    step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+    return {"step": step, "parameter_id": parameter_id}

@@ -12,18 +12,20 @@ from torch import Tensor
 
 from partune import ops
 from partune.ops.csr import Csr
-from partune.optim._functional import sparse_adamw
+from partune.optim._functional import StepOptions, half_adamw, sparse_adamw
 from partune.optim._options import Layout, is_selected, named_parameters
 from partune.optim._refresh import (
     Choice,
     choose,
     current_step,
     dense_state,
+    half_state,
     initial_states,
     install,
     observe_,
     selection_states,
 )
+from partune.selection.half.live import LiveHalf
 from partune.selection.protocol import State, observes
 
 
@@ -37,6 +39,7 @@ class Update:
     group: dict[str, Any]
     state: dict[str, Any]
     parameter_id: int
+    half: LiveHalf | None = None
     choice: Choice | None = None
     observed: bool = False
 
@@ -98,7 +101,9 @@ class Update:
 
 
 def collect_updates(
-    param_groups: Sequence[dict[str, Any]], states: Mapping[Tensor, dict[str, Any]]
+    param_groups: Sequence[dict[str, Any]],
+    states: Mapping[Tensor, dict[str, Any]],
+    halves: Mapping[Tensor, LiveHalf] | None = None,
 ) -> list[Update]:
     """Every parameter once, with the ordinal of its first matrix."""
     updates: list[Update] = []
@@ -110,7 +115,9 @@ def collect_updates(
                 continue
             seen.add(parameter)
             state = states.get(parameter, {})
-            updates.append(Update(name, parameter, parameter.grad, group, state, parameter_id))
+            half = None if halves is None else halves.get(parameter)
+            grad = parameter.grad
+            updates.append(Update(name, parameter, grad, group, state, parameter_id, half))
             parameter_id += parameter.shape[0] if parameter.dim() == 3 else 1
     return updates
 
@@ -205,8 +212,12 @@ def prepare_state(
         if not update.observed:
             _observe(update, selection_states(update.state), grad_scale)
     elif not update.state:
-        update.state = states[update.parameter]
-        update.state.update(dense_state(update.parameter, update.group, update.parameter_id))
+        parameter, group = update.parameter, update.group
+        update.state = states[parameter]
+        if update.half is None:
+            update.state.update(dense_state(parameter, group, update.parameter_id))
+        else:
+            update.state.update(half_state(parameter, group, update.parameter_id, update.half))
 
 
 def nonfinite_flags(updates: Sequence[Update]) -> dict[torch.device, Tensor]:
@@ -233,27 +244,27 @@ def step_all(
         assert update.grad is not None
         parameter, state = update.parameter, update.state
         key = (id(update.group), parameter.device, parameter.dtype, update.grad.dtype)
-        alike.setdefault((*key, state["exp_avg"].dtype, "master" in state), []).append(update)
+        level = None if update.half is None else update.half.level
+        alike.setdefault((*key, state["exp_avg"].dtype, "master" in state, level), []).append(update)
     for members in alike.values():
         group = members[0].group
-        crow_indices, col_indices = zip(*(u.csr for u in members), strict=True)
-        sparse_adamw(
-            [u.parameter for u in members],
-            [u.grad for u in members if u.grad is not None],
-            crow_indices,
-            col_indices,
+        options: StepOptions = {
+            "lr": group["lr"], "betas": group["betas"], "weight_decay": group["weight_decay"],
+            "eps": group["eps"], "eps_mode": group["eps_mode"], "maximize": group["maximize"],
+            "seed": group["seed"], "grad_scale": grad_scale, "found_inf": found_inf,
+        }  # fmt: skip
+        parameters = [u.parameter for u in members]
+        grads = [u.grad for u in members if u.grad is not None]
+        state_lists = (
             [u.state["exp_avg"] for u in members],
             [u.state["exp_avg_sq"] for u in members],
             [u.state["master"] for u in members if "master" in u.state],
             [u.state["step"] for u in members],
             [u.state["parameter_id"] for u in members],
-            lr=group["lr"],
-            betas=group["betas"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            eps_mode=group["eps_mode"],
-            maximize=group["maximize"],
-            seed=group["seed"],
-            grad_scale=grad_scale,
-            found_inf=found_inf,
         )
+        halves = [u.half for u in members if u.half is not None]
+        if halves:
+            half_adamw(parameters, grads, halves, *state_lists, **options)
+        else:
+            crow_indices, col_indices = zip(*(u.csr for u in members), strict=True)
+            sparse_adamw(parameters, grads, crow_indices, col_indices, *state_lists, **options)

@@ -1,5 +1,6 @@
 """Which weights train: selections propose scores, the core picks the k best of each matrix."""
 
+from partune.selection.half import Half, HalfPlan
 from partune.selection.principal import PrincipalWeights
 from partune.selection.protocol import Factors, Proposal, Scores, Selection, topk_csr
 from partune.selection.scores import GradientMagnitude, Magnitude, Movement, Random
@@ -7,6 +8,8 @@ from partune.selection.scores import GradientMagnitude, Magnitude, Movement, Ran
 __all__ = [
     "Factors",
     "GradientMagnitude",
+    "Half",
+    "HalfPlan",
     "Magnitude",
     "Movement",
     "PrincipalWeights",

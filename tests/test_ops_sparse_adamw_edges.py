@@ -72,6 +72,21 @@ def test_weights_with_masters_are_rounded_to_nearest(
     assert torch.equal(case.weights[0].cpu()[case.mask(0)], case.masters[0].to(dtype).cpu())
 
 
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
+def test_weights_are_rounded_to_nearest_bit_for_bit(
+    ops: Any, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Without a gradient the step is a product that float32 holds exactly."""
+    case = step_case(
+        [(9, 23)], dtype, lr=torch.tensor(0.5), weight_decay=0.25, dense=True, device=device
+    )
+    case.grads[0].zero_()
+    case.exp_avgs[0].zero_()
+    expected = (case.weights[0].float() * 0.875).to(dtype)
+    case.run(ops.sparse_adamw_)
+    assert torch.equal(case.weights[0], expected)
+
+
 def test_bad_gradients_anywhere_in_a_long_list(ops: Any, device: torch.device) -> None:
     """One of many matrices, one of whose many tiles has it."""
     case = step_case([(3, 5), (3, 0), (40, 100), (2, 2)], torch.float32, density=1.0, device=device)

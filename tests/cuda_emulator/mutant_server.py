@@ -2,7 +2,8 @@
 
 At first every test runs without a mutant: that tells how long it takes, and to which mutated places
 it comes. A test that never comes to a place can't tell a mutant there, and is left out. Those that
-killed most in the least time come first.
+killed most in the least time come first. A sanitized build takes over what the plain one has found
+of tests of the same name; those of them that kill must then pass there without a mutant.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from _pytest.runner import runtestprotocol
 from kernel_mutants import WORK
 
 MODES = ("plain", "asan", "tsan")
+SLOWER = {"plain": 1, "asan": 4, "tsan": 20}  # than the plain build, about
 RECORD = -1  # in place of a mutant's number: note which places are come to
 
 
@@ -62,19 +64,34 @@ class Server:
         import cuda_emulator
 
         self.mutants, self.jobs, self.seconds, self.answers = mutants, jobs, seconds, answers
+        self.mode, self.builds = cuda_emulator.MODE, cuda_emulator.BUILDS
         cuda_emulator.load()
-        self.library = cuda_emulator.build() / "libops.so"
-        self.switch = ctypes.CDLL(str(self.library))
+        self.switch = ctypes.CDLL(str(self.builds / self.mode / "libops.so"))
         self.kills: Counter[tuple[str, int]] = Counter()
         self.items: list[pytest.Item] = []
         self.tests: list[Test] = []
-        self.record = WORK / f"{cuda_emulator.MODE}-tests.json"
+        self.killers: set[int] = set()
+        self.error = ""
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        try:
+            self.test_mutants(session)
+        except RuntimeError as error:
+            self.error = str(error)
+        return True
+
+    def test_mutants(self, session: pytest.Session) -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         self.items = session.items
-        self.tests = self.known_tests() or self.look_at_tests()
+        seen = self.known_tests(self.mode)
+        expected = {} if self.mode == "plain" else self.known_tests("plain")
+        for test in expected.values():
+            test.seconds *= SLOWER[self.mode]
+        new = [item for item in session.items if item.nodeid not in seen | expected]
+        seen |= self.look_at_tests(new)
+        self.write_record(self.mode, seen)
+        self.tests = [(expected | seen)[item.nodeid] for item in session.items]
         waiting = self.mutants[::-1]
         running: dict[int, Fork] = {}
         while waiting or running:
@@ -86,39 +103,50 @@ class Server:
                 running[child] = fork
             child, status = os.wait()
             self.answer(running.pop(child), status)
-        return True
+        unseen = [i for i in self.killers if self.tests[i].name not in seen]
+        self.write_record(self.mode, seen | self.look_at_tests([self.items[i] for i in unseen]))
 
     # ---- without a mutant ----
 
-    def known_tests(self) -> list[Test]:
-        """What an earlier round has found, for the same build and tests."""
-        sources = [self.library, *self.items[0].path.parent.glob("*.py")]
-        newest = max(path.stat().st_mtime for path in sources)
-        if not self.record.exists() or self.record.stat().st_mtime < newest:
-            return []
-        tests = [Test(**test) for test in json.loads(self.record.read_text())]
-        same = [test.name for test in tests] == [item.nodeid for item in self.items]
-        return tests if same else []
+    def known_tests(self, mode: str) -> dict[str, Test]:
+        """What an earlier round has found, with the same sources."""
+        record = WORK / f"{mode}-tests.json"
+        sources = [self.builds / mode / "libops.so", *self.items[0].path.parent.glob("*.py")]
+        if not record.exists() or not sources[0].exists():
+            return {}
+        if record.stat().st_mtime < max(path.stat().st_mtime for path in sources):
+            return {}
+        return {test["name"]: Test(**test) for test in json.loads(record.read_text())}
 
-    def look_at_tests(self) -> list[Test]:
+    def write_record(self, mode: str, tests: dict[str, Test]) -> None:
+        record = WORK / f"{mode}-tests.json"
+        record.write_text(json.dumps([asdict(test) for test in tests.values()]))
+
+    def look_at_tests(self, items: list[pytest.Item]) -> dict[str, Test]:
+        """Run tests without a mutant, in a fork; all must pass."""
+        reading, writing = os.pipe()
         child = os.fork()
         if child == 0:
-            tests = []
             numbers = range(1, self.switch.partune_mutant_count() + 1)
-            for item in self.items:
-                self.switch.partune_choose_mutant(RECORD)
-                start = time.process_time()
-                if self.fails(item):
-                    self.record.write_text(f"{item.nodeid} fails without a mutant")
-                    os._exit(1)
-                seconds = time.process_time() - start
-                reached = [n for n in numbers if self.switch.partune_mutant_reached(n)]
-                tests.append(asdict(Test(item.nodeid, seconds, reached)))
-            self.record.write_text(json.dumps(tests))
+            with os.fdopen(writing, "w") as answers:
+                for item in items:
+                    self.switch.partune_choose_mutant(RECORD)
+                    start = time.process_time()
+                    failed = self.fails(item)
+                    seconds = time.process_time() - start
+                    reached = [n for n in numbers if self.switch.partune_mutant_reached(n)]
+                    test = Test(item.nodeid, -1 if failed else seconds, reached)
+                    print(json.dumps(asdict(test)), file=answers)
             os._exit(0)
-        if os.waitpid(child, 0)[1] != 0:
-            raise RuntimeError(self.record.read_text())
-        return self.known_tests()
+        os.close(writing)
+        with os.fdopen(reading) as lines:
+            tests = [Test(**json.loads(line)) for line in lines]
+        os.waitpid(child, 0)
+        failures = [test.name for test in tests if test.seconds < 0]
+        failures += [item.nodeid for item in items[len(tests) :][:1]]  # at which the fork ended
+        if failures:
+            raise RuntimeError(f"{self.mode}: without a mutant fails {failures[0]}")
+        return {test.name: test for test in tests}
 
     @staticmethod
     def fails(item: pytest.Item) -> bool:
@@ -162,6 +190,7 @@ class Server:
         if status != 0:
             index = fork.tests[int.from_bytes(fork.progress[:8], "little")]
             name = self.tests[index].name
+            self.killers.add(index)
             self.kills[fork.body, index] += 1
             self.kills["", index] += 1
         forever = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU
@@ -178,13 +207,15 @@ def serve(arguments: list[str], mutants: list[Any], jobs: int, seconds: float) -
     torch.set_num_threads(1)
     if cuda_emulator.MODE == "plain":  # the order in which most missing barriers tell
         cuda_emulator.ORDERS = [(cuda_emulator.REVERSE, 0, 0xFF)]
-    answers = os.fdopen(os.dup(1), "w")
+    answers, errors = (os.fdopen(os.dup(stream), "w") for stream in (1, 2))
     server = Server([(number, body) for number, body in mutants], jobs, seconds, answers)
     nowhere = os.open(os.devnull, os.O_RDWR)
     os.dup2(nowhere, 1)
-    if "PARTUNE_MUTANTS_VERBOSE" not in os.environ:
-        os.dup2(nowhere, 2)
+    os.dup2(nowhere, 2)  # where sanitizers speak of every mutant
     options = ["-q", "-s", "--tb=no", "--assert=plain", "-p", "no:cacheprovider"]
     options += ["-p", "no:faulthandler", "-k", "emulated"]
     ended = pytest.main([*options, *arguments], plugins=[server])
-    return 0 if ended in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED) else 1
+    if ended not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+        server.error = f"pytest ends with {ended}"
+    print(server.error, file=errors)
+    return int(server.error != "")

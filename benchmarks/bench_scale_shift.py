@@ -1,4 +1,4 @@
-"""Family scale_shift, forward and backward together, beside the same in torch, eager and compiled."""
+"""Family scale_shift, forward and backward together, beside torch, eager and compiled."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EAGER, COMPILED = "torch eager", "torch.compile"
 
 
 class Handed(torch.autograd.Function):
-    """What a layer before would hand on: a tensor that is no leaf, so that it can be overwritten."""
+    """What a layer before would hand on: no leaf, so that it can be overwritten."""
 
     @staticmethod
     def forward(ctx: Any, leaf: Tensor) -> Tensor:
@@ -138,3 +138,33 @@ def test_rms_norm_scale_shift(report, dtype) -> None:
         return ops.rms_norm_scale_shift(x, site.weight, scale, shift, eps=1e-6)
 
     report(site.compare(ours, site.rms_norm), bars(2, 1.2), site.bytes_moved())
+
+
+@on_dtypes
+def test_ops_alone(report, dtype) -> None:
+    """Without autograd, in turn, beside as many copies of as many bytes."""
+    site = Site(SHAPES[2], dtype)
+    x, scale, shift, grad = site.x.detach(), site.scale.detach(), site.shift.detach(), site.grad
+    target = torch.empty_like(x)
+    partune = torch.ops.partune
+    normed, mean, rstd = partune.layer_norm_scale_shift.default(
+        x, site.weight, site.bias, scale, shift, eps=1e-6
+    )
+    rms = partune.rms_norm_scale_shift.default(x, site.weight, scale, shift, eps=1e-6)[1]
+
+    def ours() -> None:
+        partune.scale_shift.default(x, scale, shift)
+        partune.scale_shift_.default(target, scale, shift)
+        partune.scale_shift_backward.default(grad, x, scale, shift)
+        partune.layer_norm_scale_shift_backward.default(
+            grad, x, mean, rstd, site.weight, site.bias, scale
+        )
+        partune.rms_norm_scale_shift_backward.default(grad, x, rms, site.weight, scale)
+
+    def copies() -> None:
+        for _ in range(7):
+            target.copy_(normed)
+
+    functions = {"ours": ours, "copies": copies, "copy": copy_bandwidth()}
+    # Copies into memory that is there; ours pays for new memory of its results.
+    report(Comparison(functions, rounds=7), {"copies": 0.25 * SHARE_OF_BAR}, 13 * x.nbytes)

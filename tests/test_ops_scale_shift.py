@@ -369,27 +369,38 @@ def test_results_beyond_the_caches_are_the_same(ops: Any, dtype: torch.dtype) ->
 
 @on_cpu_and_gpu
 def test_opcheck(ops: Any, device: torch.device) -> None:
+    opcheck = torch.library.opcheck
     site = case((5, 7), torch.float32, device=device)
-    x, scale, shift, bias = (
+    x, *pair, bias = (
         value.clone().requires_grad_() for value in (site.input, site.scale, site.shift, site.bias)
     )
     for activation in ACTIVATIONS:
-        torch.library.opcheck(
-            ops.scale_shift.default, (x, scale, shift, bias), {"activation": activation}
-        )
-    torch.library.opcheck(ops.scale_shift.default, (x, scale))
-    torch.library.opcheck(ops.scale_shift_.default, (site.input, site.scale, site.shift))
+        opcheck(ops.scale_shift.default, (x, *pair, bias), {"activation": activation})
+    opcheck(ops.scale_shift.default, (x, pair[0]))
+    opcheck(ops.scale_shift_.default, (site.input, site.scale, site.shift))
     saved = site.grad, site.input, site.scale, site.shift
-    torch.library.opcheck(ops.scale_shift_backward.default, saved)
-    torch.library.opcheck(ops.scale_shift_backward.default, saved, {"input_grad": False})
-    eps, rows = {"eps": 1e-5}, torch.ones(5, device=device)
-    torch.library.opcheck(ops.layer_norm_scale_shift.default, (x, None, None, scale, shift), eps)
-    torch.library.opcheck(ops.rms_norm_scale_shift.default, (x, None, scale, shift), eps)
-    torch.library.opcheck(
-        ops.layer_norm_scale_shift_backward.default,
-        (site.grad, site.input, rows, rows, None, site.bias, site.scale),
-    )
-    torch.library.opcheck(
-        ops.rms_norm_scale_shift_backward.default,
-        (site.grad, site.input, rows, site.weight, site.scale),
-    )
+    opcheck(ops.scale_shift_backward.default, saved)
+    opcheck(ops.scale_shift_backward.default, saved, {"input_grad": False})
+    eps = {"eps": 1e-5}
+    opcheck(ops.layer_norm_scale_shift.default, (x, None, None, *pair), eps)
+    opcheck(ops.rms_norm_scale_shift.default, (x, None, *pair), eps)
+    rows = [torch.ones(5, device=device)]
+    normed = site.grad, site.input, *rows
+    vectors = None, site.bias, site.scale
+    opcheck(ops.layer_norm_scale_shift_backward.default, (*normed, *rows, *vectors))
+    opcheck(ops.rms_norm_scale_shift_backward.default, (*normed, None, site.scale))
+
+
+def test_rms_norm_is_layer_norm_without_the_mean(ops: Any, device: torch.device) -> None:
+    """Of rows whose mean is zero, but for the part of their gradient along the mean."""
+    site = case((8, 64), torch.float64, device=device)
+    x = site.input - site.input.mean(-1, keepdim=True)
+    rms, rstd = ops.rms_norm_scale_shift(x, None, site.scale, eps=1e-5)
+    layer, mean, same_rstd = ops.layer_norm_scale_shift(x, None, None, site.scale, eps=1e-5)
+    torch.testing.assert_close(rms, layer)
+    torch.testing.assert_close(rstd, same_rstd)
+    vectors = None, site.scale
+    ours = ops.rms_norm_scale_shift_backward(site.grad, x, rstd, *vectors)
+    theirs = ops.layer_norm_scale_shift_backward(site.grad, x, mean, rstd, None, *vectors)
+    torch.testing.assert_close(ours[0] - ours[0].mean(-1, keepdim=True), theirs[0])
+    torch.testing.assert_close(ours[1:], theirs[1:])

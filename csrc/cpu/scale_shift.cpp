@@ -86,7 +86,7 @@ ThreeTensors run_backward(const ScaleShiftBodies<Real>& bodies, const ChannelLay
                                       partial.get(),
                                       a.activation,
                                       is_streamed(a.grad)};
-  const int64_t count = units.sum_rows * units.per_row;
+  const int64_t count = a.input_grad || a.scale_grad ? units.sum_rows * units.per_row : 0;
   const int64_t grain = count > 0 ? kScaleShiftGrain / (a.grad.numel() / count + 1) + 1 : 1;
   torch::stable::parallel_for(0, count, grain,
                               [&](int64_t begin, int64_t end) { bodies.backward(task, begin, end); });

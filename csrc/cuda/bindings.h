@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../binding/half_mask.h"
+#include "../binding/scale_shift.h"
 #include "../binding/select.h"
 #include "../binding/sparse_adamw.h"
 
@@ -31,6 +32,22 @@ void half_adamw_cuda_(TensorList self, TensorList grads, TensorList live, Tensor
                       std::optional<Tensor> found_inf);
 Tensor random_mask_cuda(int64_t count, Tensor mask_seed, int64_t mask_id);
 Tensor mask_counts_cuda(Tensor mask, int64_t count);
+Tensor scale_shift_cuda(Tensor input, Tensor scale, OptionalTensor shift, OptionalTensor bias,
+                        std::string activation, int64_t channel_dim);
+void scale_shift_cuda_(Tensor input, Tensor scale, OptionalTensor shift, OptionalTensor bias,
+                       int64_t channel_dim);
+ThreeTensors scale_shift_backward_cuda(Tensor grad, OptionalTensor saved, Tensor scale, OptionalTensor shift,
+                                       OptionalTensor bias, std::string activation, int64_t channel_dim,
+                                       bool from_output, bool input_grad, bool scale_grad);
+ThreeTensors layer_norm_scale_shift_cuda(Tensor input, OptionalTensor weight, OptionalTensor bias,
+                                         Tensor scale, OptionalTensor shift, double eps);
+ThreeTensors layer_norm_scale_shift_backward_cuda(Tensor grad, Tensor input, Tensor mean, Tensor rstd,
+                                                  OptionalTensor weight, OptionalTensor bias, Tensor scale,
+                                                  bool input_grad, bool scale_grad);
+TwoTensors rms_norm_scale_shift_cuda(Tensor input, OptionalTensor weight, Tensor scale, OptionalTensor shift,
+                                     double eps);
+ThreeTensors rms_norm_scale_shift_backward_cuda(Tensor grad, Tensor input, Tensor rstd, OptionalTensor weight,
+                                                Tensor scale, bool input_grad, bool scale_grad);
 
 // Adds every CUDA kernel to a library.
 inline void implement_cuda_ops(torch::stable::detail::StableLibrary& library) {
@@ -44,6 +61,13 @@ inline void implement_cuda_ops(torch::stable::detail::StableLibrary& library) {
   library.impl("half_adamw_", TORCH_BOX(&half_adamw_cuda_));
   library.impl("random_mask", TORCH_BOX(&random_mask_cuda));
   library.impl("mask_counts", TORCH_BOX(&mask_counts_cuda));
+  library.impl("scale_shift", TORCH_BOX(&scale_shift_cuda));
+  library.impl("scale_shift_", TORCH_BOX(&scale_shift_cuda_));
+  library.impl("scale_shift_backward", TORCH_BOX(&scale_shift_backward_cuda));
+  library.impl("layer_norm_scale_shift", TORCH_BOX(&layer_norm_scale_shift_cuda));
+  library.impl("layer_norm_scale_shift_backward", TORCH_BOX(&layer_norm_scale_shift_backward_cuda));
+  library.impl("rms_norm_scale_shift", TORCH_BOX(&rms_norm_scale_shift_cuda));
+  library.impl("rms_norm_scale_shift_backward", TORCH_BOX(&rms_norm_scale_shift_backward_cuda));
 }
 
 }  // namespace partune

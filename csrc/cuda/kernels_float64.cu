@@ -2,6 +2,7 @@
 // fails the build.
 #include "half_mask.cuh"
 #include "launchers.h"
+#include "scale_shift.cuh"
 #include "select.cuh"
 #include "sparse_adamw.cuh"
 
@@ -19,5 +20,7 @@ cudaError_t launch_half_adamw_float64(const SparseAdamWDeviceStep<double>& step,
                                       const HalfMatrix* matrices, int count, cudaStream_t stream) {
   return launch_half_step<double, double, double>(step, mask_seed, matrices, count, stream);
 }
+
+const ScaleShiftLaunchers scale_shift_float64 = ScaleShift<double, double>::launchers();
 
 }  // namespace partune

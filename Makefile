@@ -5,7 +5,7 @@
 #   ARCHS="80 90a"            build for these GPUs; native: those of this machine; all: the default; cpu: none
 #   TORCH_CUDA_ARCH_LIST=9.0  the same, where ARCHS is not given
 #   TORCH=2.10.0              which torch test-torch takes
-#   ARGS="..."                more arguments: of pytest for test, test-all and bench, of the script for demo
+#   ARGS="..."                more arguments: of pytest for test, test-all and bench, of the script for demos
 
 PYTHON ?= python3
 ARGS ?=
@@ -19,11 +19,12 @@ TIDY := $(filter-out $(if $(or $(filter 0,$(PARTUNE_CUDA)),$(filter cpu,$(PARTUN
 EMULATOR := $(wildcard tests/cuda_emulator/*.cpp tests/cuda_emulator/*.h)
 LINTED := python tests examples benchmarks setup.py .ci
 
-.PHONY: help build demo test test-all sanitize-asan sanitize-tsan mutants bench kernels lint format wheel test-torch gpu-check clean FORCE
+.PHONY: help build demo ssf-demo test test-all sanitize-asan sanitize-tsan mutants bench kernels lint format wheel test-torch gpu-check clean FORCE
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo      fine-tune SmolLM2-135M-Instruct with LiftAdamW (minutes; downloads 100 MB once)"
+	@echo "make ssf-demo  a ViT learns digits with SSF, beside probing and full fine-tuning (minutes; 100 MB once)"
 	@echo "make test      the tests, on this machine's best instruction set"
 	@echo "make test-all  all tests, the slow ones too, on every instruction set of this machine"
 	@echo "make sanitize-asan, make sanitize-tsan  the CUDA kernels on the CPU under a sanitizer: memory, races"
@@ -41,6 +42,10 @@ help:
 demo: .venv/.demo
 	model=$$($(RUN) examples/offline_models.py smollm2-135m-instruct) && \
 	  $(RUN) examples/finetune_arithmetic.py --model "$$model" $(ARGS)
+
+ssf-demo: .venv/.demo
+	model=$$($(RUN) examples/offline_models.py vit-s14) && \
+	  $(RUN) examples/ssf_vit.py --model "$$model" $(ARGS)
 
 test: .venv/.test
 	$(RUN) -m pytest -m "not slow" $(ARGS)

@@ -46,7 +46,7 @@ MODELS = {
 }
 
 
-def offline_model(model: str, cache: Path = CACHE) -> Path:
+def offline_model(model: str = "smollm2-135m-instruct", cache: Path = CACHE) -> Path:
     """Return the folder with the model, making it first where it is missing (about 20 s)."""
     folder = cache / model
     if folder.exists():

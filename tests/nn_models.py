@@ -259,7 +259,8 @@ class PlainScaleShift(nn.Module):
         return self.layer.weight
 
     def _broadcast(self, vector: Tensor, like: Tensor) -> Tensor:
-        return vector if self.dim == -1 else vector.view(-1, *[1] * (like.dim() - 2))
+        after = 0 if self.dim == -1 else like.dim() - 1 - self.dim
+        return vector.view(-1, *[1] * after)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.layer(x)

@@ -22,7 +22,7 @@ from partune.nn import (
 from partune.nn._layers import TrainedCopy
 from partune.nn._scale_shift_layers import FusedActivation, ScaleShiftLayer, ScaleShiftOther
 
-MODULES = ["_checkpoint", "_config", "_merge", "_registry", "scale_shift"]
+MODULES = ["_checkpoint", "_scale_shift_config", "_merge", "_registry", "scale_shift"]
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -98,14 +98,19 @@ def test_batch_norm_in_training_mode():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_gradients_through_a_whole_vit(dtype):
-    """Twelve blocks at 224 x 224, of ViT-Tiny's width."""
+    """Twelve blocks of ViT-Tiny's width; float64, which takes long, on smaller images."""
     transformers = pytest.importorskip("transformers")
+    size = {torch.float64: 64, torch.float32: 224}[dtype]
     config = transformers.ViTConfig(
-        hidden_size=192, num_attention_heads=3, intermediate_size=768, num_labels=10
+        hidden_size=192,
+        num_attention_heads=3,
+        intermediate_size=768,
+        image_size=size,
+        num_labels=10,
     )
     base = disturbed(transformers.ViTForImageClassification(config)).to(dtype)
     adapted = attach(copy.deepcopy(base), ScaleShiftConfig())
-    images = {"pixel_values": torch.randn(2, 3, 224, 224, dtype=dtype)}
+    images = {"pixel_values": torch.randn(2, 3, size, size, dtype=dtype)}
     tolerance = {torch.float64: 1e-10, torch.float32: 1e-4}[dtype]
     plain = plain_scale_shift(base, adapted)
     assert_same_gradients(adapted, plain, lambda model: output_of(model, images), tolerance)
@@ -195,6 +200,49 @@ def test_nothing_is_written_without_gradients():
     with torch.inference_mode():
         assert torch.equal(run(adapted), with_grad)
     assert all(torch.equal(value, state[key]) for key, value in adapted.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Conv2d(3, 5, 2), (3, 6, 6)),  # no batch: 5 channels of 5 rows, so that both fit
+        (nn.Conv1d(3, 5, 2), (3, 6)),
+        (nn.Conv3d(3, 4, 2), (2, 3, 5, 5, 5)),
+        (nn.Linear(3, 5), (3,)),
+        (nn.Linear(3, 5), (0, 3)),
+        (nn.LayerNorm(3), (2, 4, 3)),
+        (nn.LayerNorm(3, elementwise_affine=False), (2, 3)),
+        (nn.BatchNorm1d(3).eval(), (2, 3)),
+        (nn.BatchNorm2d(3, momentum=None), (2, 3, 4, 4)),
+        (nn.BatchNorm2d(3, affine=False, track_running_stats=False), (2, 3, 4, 4)),
+        (nn.GroupNorm(3, 6, affine=False), (2, 6, 4)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("order", ["contiguous", "transposed"])
+def test_layers_and_shapes(layer, shape, order):
+    base = nn.Sequential(copy.deepcopy(layer)).requires_grad_(False)
+    adapted = attach(copy.deepcopy(base), ScaleShiftConfig(shift=True, init_std=0.2)).double()
+    base = base.double()
+    plain = plain_scale_shift(base, adapted)
+    if isinstance(layer, nn.Conv1d | nn.Conv2d) and len(shape) < layer.weight.dim():
+        plain[0].dim = 0
+    x = torch.randn(shape, dtype=torch.float64)
+    if order == "transposed":
+        x = x.transpose(0, -1).contiguous().transpose(0, -1)
+    if x.numel():
+        assert_same_gradients(adapted, plain, lambda model: model(x.clone()), 1e-10)
+    else:
+        assert adapted(x).shape == plain(x).shape
+
+
+def test_channels_last_memory():
+    base = nn.Sequential(nn.Conv2d(3, 6, 3), nn.GELU(), nn.Conv2d(6, 4, 1)).double()
+    adapted = attach(copy.deepcopy(base), ScaleShiftConfig(init_std=0.2))
+    adapted = adapted.to(memory_format=torch.channels_last)
+    plain = plain_scale_shift(base, adapted)
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64).to(memory_format=torch.channels_last)
+    assert_same_gradients(adapted, plain, lambda model: model(x), 1e-10)
 
 
 @pytest.mark.parametrize("kind", ["vit", "convnext", "llama"])

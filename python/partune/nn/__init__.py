@@ -1,7 +1,6 @@
 """Modules, and adapters for whole models: attach, train, merge."""
 
 from partune.nn._checkpoint import load_adapter, save_adapter
-from partune.nn._config import ScaleShiftConfig
 from partune.nn._merge import MergeReport, merge
 from partune.nn._registry import (
     attach,
@@ -11,6 +10,7 @@ from partune.nn._registry import (
     set_adapter,
     trainable_parameters,
 )
+from partune.nn._scale_shift_config import ScaleShiftConfig
 from partune.nn.scale_shift import ScaleShift
 
 __all__ = [

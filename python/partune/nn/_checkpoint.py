@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from partune.nn._config import ScaleShiftConfig
 from partune.nn._layers import TrainedCopy
 from partune.nn._registry import (
     AdapterConfig,
@@ -22,6 +21,7 @@ from partune.nn._registry import (
     fingerprint,
     planned,
 )
+from partune.nn._scale_shift_config import ScaleShiftConfig
 
 _FORMAT = "partune adapter, version 1"
 _CONFIGS: dict[str, type[AdapterConfig]] = {config.method: config for config in (ScaleShiftConfig,)}

@@ -7,9 +7,10 @@ exact: a disabled adapter leaves the very module that was there.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 
@@ -50,6 +51,14 @@ class AdaptedLayer(nn.Module):
         """What the active adapter put here."""
         adapters: Adapters = getattr(self, self.children_name)
         return adapters[self.active_adapter]
+
+    def merged(self) -> dict[str, Tensor]:
+        """The parameters and buffers with which the plain layer computes the same, unrounded.
+
+        Raises:
+            ValueError: there are none; the message goes on from the layer's name.
+        """
+        raise NotImplementedError
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles name the two classes that a made one is made of."""
@@ -120,6 +129,22 @@ def deactivate(module: nn.Module) -> None:
     module.__class__ = module.original_class  # type: ignore[assignment]
 
 
+@torch.no_grad()
+def write(module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Give a plain layer merged parameters and buffers, rounded to its own dtype."""
+    like = next(module.parameters(recurse=False), None)
+    for name, value in values.items():
+        own = getattr(module, name)
+        if own is not None:
+            own.copy_(value)
+            continue
+        value = value.clone() if like is None else value.to(like.device, like.dtype, copy=True)
+        requires_grad = like is None or like.requires_grad
+        module.register_parameter(name, nn.Parameter(value, requires_grad))
+        if name == "weight":  # of a norm that had none
+            module.elementwise_affine = module.affine = True  # type: ignore[assignment]
+
+
 class TrainedCopy(AdaptedLayer):
     """A layer of the head: a copy of it is trained and used, the original stays as it was."""
 
@@ -127,6 +152,9 @@ class TrainedCopy(AdaptedLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.adapter(*args, **kwargs)
+
+    def merged(self) -> dict[str, Tensor]:
+        return {key: value.detach() for key, value in self.adapter.state_dict().items()}
 
     @staticmethod
     def of(module: nn.Module) -> nn.Module:

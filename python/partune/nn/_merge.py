@@ -12,10 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from partune.nn._layers import TrainedCopy, base_state, deactivate
+from partune.nn._layers import AdaptedLayer, base_state, write
 from partune.nn._registry import attached, detach, registry_of
-from partune.nn._scale_shift_layers import ScaleShiftBatchNorm, ScaleShiftLayer, ScaleShiftOther
-from partune.nn._sites import layer_for
 
 _BIAS_FLAGS = ("attention_bias", "mlp_bias", "qkv_bias", "use_bias", "bias")  # of transformers
 
@@ -90,10 +88,11 @@ def merge(model: nn.Module, batch: Any = None, *, name: str | None = None) -> Me
     before = None if batch is None else _outputs(model, batch)
     detach(model)
     for layer_name, parameters in merged.items():
-        _write(model.get_submodule(layer_name), parameters)
+        write(model.get_submodule(layer_name), parameters)
     for bias in zeros:
-        module = model.get_submodule(bias.removesuffix(".bias"))
-        _write(module, {"bias": torch.zeros(_channels(module))})
+        layer_name = bias.removesuffix(".bias")
+        module = model.get_submodule(layer_name)
+        write(module, {"bias": torch.zeros(len(model.get_parameter(f"{layer_name}.weight")))})
     for flag in flags:
         setattr(model.config, flag, True)
     drift, relative = (None, None) if before is None else _drift(before, _outputs(model, batch))
@@ -101,49 +100,12 @@ def merge(model: nn.Module, batch: Any = None, *, name: str | None = None) -> Me
 
 
 def _merged(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """A plain layer's parameters and buffers, wide; ValueError where there are none."""
     layer = model.get_submodule(name)
-    if isinstance(layer, TrainedCopy):
-        return {key: value.detach() for key, value in layer.adapter.state_dict().items()}
-    assert isinstance(layer, ScaleShiftLayer)
-    if layer.weight is not None and not layer.weight.is_floating_point():
-        raise ValueError(
-            f"{name}: its weight is {layer.weight.dtype}, want floating point to merge"
-        )
-    if isinstance(layer, ScaleShiftBatchNorm) and layer.training:
-        raise ValueError(f"{name}: BatchNorm is in training mode; call model.eval() before merging")
-    shift = getattr(layer.adapter, "shift", None)
-    if shift is not None and getattr(layer, "bias", None) is None and not layer.takes_bias:
-        raise ValueError(
-            f"{name}: a {layer.original_class.__name__} has no bias to take the shift; train it "
-            "with shift=False, or leave the adapter unmerged"
-        )
-    merged = layer.merged_parameters()
-    if isinstance(layer, ScaleShiftOther) and not _computes_the_same(layer, merged):
-        raise ValueError(
-            f"{name}: a {layer.original_class.__name__} computes its output in a way of its own, "
-            "which a scaled weight doesn't scale; leave the adapter unmerged"
-        )
-    return merged
-
-
-@torch.no_grad()
-def _computes_the_same(layer: ScaleShiftOther, merged: Mapping[str, Tensor]) -> bool:
-    """Whether a layer with a forward of its own scales with its weight: tried on a random input."""
-    plain = TrainedCopy.of(layer)
-    deactivate(plain)
-    plain._modules.pop(layer.children_name)
-    _write(plain, merged)
-    weight = plain.weight
-    assert isinstance(weight, Tensor)
-    channels = weight.shape[1] * getattr(plain, "groups", 1) if weight.dim() > 1 else len(weight)
-    spatial = [2 * size + 3 for size in weight.shape[2:]] or [5, 5]
-    shape = (2, channels, *spatial) if layer.adapter.channel_dim == 1 else (2, 3, channels)
-    generator = torch.Generator().manual_seed(0)
-    input = torch.randn(shape, generator=generator).to(weight)
-    wanted, got = layer(input), plain(input)
-    tolerance = 16 * torch.finfo(weight.dtype).eps * float(wanted.abs().amax())
-    return bool(((got - wanted).abs() <= tolerance).all())
+    assert isinstance(layer, AdaptedLayer)
+    try:
+        return layer.merged()
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def _refuse_shared(model: nn.Module, names: Iterable[str]) -> None:
@@ -186,28 +148,6 @@ def expressed(model: nn.Module, created: list[str]) -> tuple[tuple[str, ...], li
         f"{created[0]}: the config of a {type(model).__name__} can't express this bias, and "
         "from_pretrained would drop it; train with shift=False, or leave the adapter unmerged"
     )
-
-
-def _channels(module: nn.Module) -> int:
-    layer = layer_for(module)
-    assert layer is not None
-    return layer.channels(module)
-
-
-@torch.no_grad()
-def _write(module: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Give a plain layer its merged parameters and buffers, rounded to its own dtype."""
-    like = next(module.parameters(recurse=False), None)
-    for name, value in values.items():
-        own = getattr(module, name)
-        if own is not None:
-            own.copy_(value)
-            continue
-        value = value.clone() if like is None else value.to(like.device, like.dtype, copy=True)
-        requires_grad = like is None or like.requires_grad
-        module.register_parameter(name, nn.Parameter(value, requires_grad))
-        if name == "weight":
-            module.elementwise_affine = module.affine = True  # type: ignore[assignment]
 
 
 @contextmanager

@@ -1,10 +1,11 @@
 """The layers that SSF follows, each with the scale and shift in the fewest passes over memory.
 
-`merged_parameters` gives the weight and bias of the plain layer that computes the same, in float32.
+Merged parameters are computed in float32, or float64 where either factor is.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from partune.nn._layers import AdaptedLayer
+from partune.nn._layers import AdaptedLayer, deactivate, write
 from partune.nn.scale_shift import ScaleShift
 from partune.ops import layer_norm_scale_shift, rms_norm_scale_shift
 
@@ -42,13 +43,18 @@ class ScaleShiftLayer(AdaptedLayer):
     def new_adapter(cls, module: nn.Module, channel_dim: int, **options: Any) -> ScaleShift:
         return ScaleShift(cls.channels(module), channel_dim=channel_dim, **options)
 
-    def merged_parameters(self) -> dict[str, Tensor]:
-        wide, scale, shift = _wide(self)
+    def merged(self) -> dict[str, Tensor]:
         weight, bias = self.weight, getattr(self, "bias", None)
-        merged = {}
-        if weight is None:
-            merged["weight"] = scale
-        else:
+        if weight is not None and not weight.is_floating_point():
+            raise ValueError(f"its weight is {weight.dtype}, want floating point to merge into")
+        wide, scale, shift = _wide(self)
+        if shift is not None and bias is None and not self.takes_bias:
+            raise ValueError(
+                f"a {self.original_class.__name__} has no bias to take the shift; train it with "
+                "shift=False, or leave the adapter unmerged"
+            )
+        merged = {"weight": scale}
+        if weight is not None:
             shape = [1] * weight.dim()
             shape[self.weight_dim] = -1
             merged["weight"] = weight.detach().to(wide) * scale.view(shape)
@@ -97,6 +103,8 @@ class ScaleShiftConv(ScaleShiftLayer, _ConvNd):
 
     def forward(self, input: Tensor) -> Tensor:
         output = self._conv_forward(input, self.weight, None)
+        if output.dim() < self.weight.dim():  # without a batch the channels come first
+            return self.adapter.after(output.unsqueeze(0), self.bias).squeeze(0)
         return self.adapter.after(output, self.bias, reuse=True)
 
 
@@ -113,8 +121,6 @@ class ScaleShiftLayerNorm(ScaleShiftLayer, nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         scale, shift = self.adapter.scale, self.adapter.shift
-        if self.weight is None:
-            return F.layer_norm(input, self.normalized_shape, scale, shift, self.eps)
         output: Tensor = layer_norm_scale_shift(
             input, self.weight, self.bias, scale, shift, eps=self.eps
         )
@@ -218,8 +224,10 @@ class ScaleShiftBatchNorm(ScaleShiftLayer, _BatchNorm):
             self.eps,
         )  # fmt: skip
 
-    def merged_parameters(self) -> dict[str, Tensor]:
-        merged = super().merged_parameters()
+    def merged(self) -> dict[str, Tensor]:
+        if self.training:
+            raise ValueError("BatchNorm is in training mode; call model.eval() before merging")
+        merged = super().merged()
         buffers = self.adapter.named_buffers()
         return {**merged, **{name: value.detach().clone() for name, value in buffers}}
 
@@ -231,6 +239,32 @@ class ScaleShiftOther(ScaleShiftLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return self.adapter.after(super().forward(*args, **kwargs))
+
+    def merged(self) -> dict[str, Tensor]:
+        merged = super().merged()
+        if not self._scales_with(merged):
+            raise ValueError(
+                f"a {self.original_class.__name__} computes its output in a way of its own, which "
+                "a scaled weight doesn't scale; leave the adapter unmerged"
+            )
+        return merged
+
+    @torch.no_grad()
+    def _scales_with(self, merged: dict[str, Tensor]) -> bool:
+        """Whether the plain layer with these computes the same: tried on a random input."""
+        plain = copy.deepcopy(self)
+        deactivate(plain)
+        delattr(plain, self.children_name)
+        write(plain, merged)
+        weight: Tensor = self.weight
+        inputs = weight.shape[1] * getattr(self, "groups", 1) if weight.dim() > 1 else len(weight)
+        spatial = [2 * size + 3 for size in weight.shape[2:]] or [5, 5]
+        shape = (2, inputs, *spatial) if self.adapter.channel_dim == 1 else (2, 3, inputs)
+        generator = torch.Generator().manual_seed(0)
+        input = torch.randn(shape, generator=generator).to(weight)
+        wanted, got = self(input), plain(input)
+        tolerance = 16 * torch.finfo(weight.dtype).eps * float(wanted.abs().amax())
+        return bool(((got - wanted).abs() <= tolerance).all())
 
 
 class FusedActivation(AdaptedLayer):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +14,7 @@ from partune.nn._fusion import activations_after
 from partune.nn._layers import TrainedCopy
 from partune.nn._registry import AdapterConfig, Placement
 from partune.nn._scale_shift_layers import FusedActivation, ScaleShiftLayer
-from partune.nn._sites import (
+from partune.nn._scale_shift_sites import (
     channel_dim_of,
     head_names,
     is_decoder,
@@ -83,7 +84,7 @@ class ScaleShiftConfig(AdapterConfig):
         plan: dict[str, Placement] = {}
         fusing: dict[str, ScaleShift] = {}
         for name in sites:
-            layer, adapter = self._site(name, model.get_submodule(name), decoder)
+            layer, adapter = self._site(model, name, decoder)
             plan[name] = Placement(layer, adapter)
             if layer.fuses_activation:
                 fusing[name] = adapter
@@ -95,8 +96,9 @@ class ScaleShiftConfig(AdapterConfig):
         return plan
 
     def _site(
-        self, name: str, module: nn.Module, decoder: bool
+        self, model: nn.Module, name: str, decoder: bool
     ) -> tuple[type[ScaleShiftLayer], ScaleShift]:
+        module = model.get_submodule(name)
         layer = layer_for(module)
         assert layer is not None
         by_class = channel_dim_of(module, layer)
@@ -109,7 +111,8 @@ class ScaleShiftConfig(AdapterConfig):
         shift = self.shift
         if shift is None:
             shift = not decoder and getattr(module, "bias", None) is not None
-        weight = getattr(module, "weight", None)
+        # a norm without a weight is of the model's dtype and on its device
+        weight = next(chain(module.parameters(), model.parameters()), None)
         double = weight is not None and weight.dtype == torch.float64
         adapter = layer.new_adapter(
             module,

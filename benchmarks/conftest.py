@@ -48,7 +48,10 @@ def report(request: pytest.FixtureRequest, benchmark):
     """record(comparison, bars by peer, bytes that ours moves): prints, stores and asserts."""
 
     def record(
-        comparison: Comparison, bars: dict[str, float], bytes_moved: float | None = None
+        comparison: Comparison,
+        bars: dict[str, float],
+        bytes_moved: float | None = None,
+        rounds: int = 5,
     ) -> None:
         ours = comparison.median["ours"]
         ratios = {peer: comparison.ratio("ours", peer) for peer in bars}
@@ -62,11 +65,17 @@ def report(request: pytest.FixtureRequest, benchmark):
         label = request.node.name.removeprefix("test_")
         _lines.append(f"{label}: {ours:.2f} ms, {shown}{share}")
         benchmark.extra_info.update(ratios)
-        benchmark.pedantic(comparison.functions["ours"], rounds=5, warmup_rounds=1)
+        benchmark.pedantic(comparison.functions["ours"], rounds=rounds, warmup_rounds=1)
         missed = {peer: ratios[peer] for peer in bars if ratios[peer] < bars[peer]}
         assert not missed, _lines[-1]
 
     return record
+
+
+@pytest.fixture
+def note() -> Callable[[str], None]:
+    """note(line): printed beside the ratios."""
+    return _lines.append
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

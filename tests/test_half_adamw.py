@@ -1,4 +1,4 @@
-"""HalfAdamW: frozen halves keep their bits, live ones follow torch's AdamW, rounds and checkpoints."""
+"""HalfAdamW: frozen entries keep their bits, live ones follow torch's AdamW; rounds, checkpoints."""
 
 from __future__ import annotations
 

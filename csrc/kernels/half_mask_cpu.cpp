@@ -13,7 +13,8 @@ static_assert(kTile == kHalfTile, "a tile of elements is stepped at once");
 constexpr int64_t kShortRow = 32;  // entries: shorter runs are gathered
 
 // The mask's words of one tile, entries from `count` on as frozen.
-void draw_words(int64_t tile, int64_t count, uint32_t mask_id, PhiloxKey key, uint32_t (&words)[kHalfTileWords]) {
+void draw_words(int64_t tile, int64_t count, uint32_t mask_id, PhiloxKey key,
+                uint32_t (&words)[kHalfTileWords]) {
   constexpr int kCounters = kHalfTile / kCounterEntries;
   uint64_t lane_numbers[kWords];
   for (int i = 0; i < kWords; ++i) lane_numbers[i] = uint64_t(i);
@@ -33,7 +34,8 @@ void draw_words(int64_t tile, int64_t count, uint32_t mask_id, PhiloxKey key, ui
 void read_words(const uint32_t* mask, int64_t tile, int64_t count, uint32_t (&words)[kHalfTileWords]) {
   const int64_t left = count - tile * kHalfTile;
   for (int i = 0; i < kHalfTileWords; ++i) {
-    words[i] = 32 * int64_t(i) < left ? first_bits(mask[tile * kHalfTileWords + i], left - 32 * int64_t(i)) : 0;
+    words[i] =
+        32 * int64_t(i) < left ? first_bits(mask[tile * kHalfTileWords + i], left - 32 * int64_t(i)) : 0;
   }
 }
 
@@ -177,7 +179,8 @@ void step(const HalfMatrix& m, const SparseAdamWStep& s, PhiloxKey mask_key, int
   HalfStepper<Weight, Grad, State, Real>(m, s, mask_key).run(first, last);
 }
 
-void draw_mask(int64_t first, int64_t last, int64_t count, uint32_t mask_id, PhiloxKey mask_key, uint32_t* mask) {
+void draw_mask(int64_t first, int64_t last, int64_t count, uint32_t mask_id, PhiloxKey mask_key,
+               uint32_t* mask) {
   const int64_t all_words = (count + kCounterEntries - 1) / kCounterEntries * (kCounterEntries / 32);
   for (int64_t tile = first; tile < last; ++tile) {
     uint32_t words[kHalfTileWords];

@@ -173,9 +173,8 @@ PARTUNE_FN void step_entries(const SparseAdamWMatrix& m, const SparseAdamWDevice
   for (int i = 0; i < 4; ++i) {
     if (i < count) {
       Real value = has_master ? Real(master.at[i]) : values[i];
-      weight[places.weight[i]] =
-          step_entry<Weight>(grads[i], value, average.at[i], square.at[i], uint64_t(places.index[i]),
-                             coefficients, rounding);
+      weight[places.weight[i]] = step_entry<Weight>(grads[i], value, average.at[i], square.at[i],
+                                                    uint64_t(places.index[i]), coefficients, rounding);
       if (has_master) master.at[i] = float(value);
     }
   }

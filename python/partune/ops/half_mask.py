@@ -14,15 +14,15 @@ from torch import Tensor
 from partune.ops._contract import Op, call, register
 from partune.ops._half_mask_checks import (
     check_half_adamw_,
-    check_random_mask,
     check_mask_counts,
+    check_random_mask,
 )
 from partune.ops._half_mask_reference import (
     TILE,
     mask_words,
     reference_half_adamw_,
-    reference_random_mask,
     reference_mask_counts,
+    reference_random_mask,
 )
 
 

@@ -298,8 +298,8 @@ class HalfAdamW(Optimizer):
             if parameter in frozen:
                 parameter.grad = None
                 _frozen_by_a_plan[parameter] = True
-            else:
-                _frozen_by_a_plan.pop(parameter, None)
+            elif parameter in _frozen_by_a_plan:
+                del _frozen_by_a_plan[parameter]
         saved = {"half": asdict(plan.half), "digest": plan.digest()}
         for group in self.param_groups:
             group["plan"] = saved

@@ -44,7 +44,7 @@ def draw_units(
         up = set(sorted(alike, key=lambda key: lots[key])[:ups])
         for key in alike:
             wanted = math.floor(share) + (key in up)
-            candidates = pools[key]
+            candidates: Sequence[Unit] = pools[key]
             if balance == "parameters":
                 candidates = _balanced(candidates, wanted, ratio, sizes, lots[key])
             live |= set(sorted(candidates, key=lambda unit: words[unit])[:wanted])

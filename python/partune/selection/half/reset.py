@@ -40,7 +40,9 @@ class HalfReset:
         parameters = dict(model.named_parameters())
         missing = [name for name in self._replaced if name not in parameters]
         if missing:
-            raise ValueError(f"model: got none of the name {missing[0]}, want the one that was reset")
+            raise ValueError(
+                f"model: got none of the name {missing[0]}, want the one that was reset"
+            )
         for name, (values, positions) in self._replaced.items():
             _write(parameters[name], values, positions)
 
@@ -123,9 +125,7 @@ def _check(name: str, parameters: Mapping[str, Tensor], tensors: _Tensors) -> No
     if shape is None:
         raise ValueError(f"base: got no tensor {name}, want one for every parameter that is reset")
     if shape != tuple(parameters[name].shape):
-        raise ValueError(
-            f"base, {name}: got shape {shape}, want {tuple(parameters[name].shape)}"
-        )
+        raise ValueError(f"base, {name}: got shape {shape}, want {tuple(parameters[name].shape)}")
 
 
 class _Tensors:

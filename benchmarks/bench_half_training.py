@@ -75,7 +75,7 @@ class Training:
     def matmul_work(self) -> float:
         """Multiplications for a token, in matrix entries: forward, dX, and dW of what learns."""
         work = 0
-        for name, parameter in self.model.named_parameters():
+        for parameter in self.model.parameters():
             if parameter.dim() == 2:  # the tied embedding is the head's matrix
                 work += parameter.numel() * (2 + parameter.requires_grad)
         return work

@@ -1,4 +1,4 @@
-"""HalfAdamW: frozen entries keep their bits, live ones follow torch's AdamW; rounds, checkpoints."""
+"""HalfAdamW: frozen entries keep their bits, live ones follow AdamW; rounds and checkpoints."""
 
 from __future__ import annotations
 

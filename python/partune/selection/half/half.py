@@ -174,7 +174,7 @@ def _merged(ranges: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
 
 
 def _finer(structure: Structure, level: str, ratio: float) -> dict[str, Live]:
-    """Half of every parameter of a unit. What has equally many lines in one module shares a draw."""
+    """Half of every parameter of a unit; equally many lines in one module share a draw."""
     ids: dict[object, int] = {}
     live = {}
     for name in sorted({piece.parameter for piece in structure.pieces}):

@@ -1,4 +1,4 @@
-"""Family half_mask and HalfAdamW's step, beside torch's fused AdamW over all and over the live half."""
+"""Family half_mask and HalfAdamW's step, beside torch's fused AdamW over all and over the half."""
 
 from __future__ import annotations
 

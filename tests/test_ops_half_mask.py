@@ -10,7 +10,7 @@ from torch import Tensor
 
 import cuda_emulator
 from half_cases import LEVELS, MASK_SEED, HalfCase, half_case
-from op_cases import CPU, GPU, LAYOUTS, SHAPES, Backend, assert_close, embed
+from op_cases import CPU, GPU, LAYOUTS, Backend, assert_close, embed
 from partune import _native
 from partune.ops._contract import OPS
 from partune.ops._half_mask_reference import unpack_mask
@@ -18,6 +18,7 @@ from partune.ops._half_mask_reference import unpack_mask
 REFERENCE = OPS["half_adamw_"].reference
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SIXTEEN_BIT = [torch.bfloat16, torch.float16]
+SHAPES = [(0, 5), (3, 0), (1, 1), (3, 3), (31, 67), (1, 1100), (130, 3), (3, 1030)]
 COUNTS = [0, 1, 3, 63, 127, 128, 129, 1000, 1024, 1025, 5000]
 
 
@@ -40,9 +41,7 @@ def compare_with_float64(case: HalfCase, ops: Any) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("level", LEVELS)
-def test_shapes_in_one_list(
-    ops: Any, device: torch.device, dtype: torch.dtype, level: str
-) -> None:
+def test_shapes_in_one_list(ops: Any, device: torch.device, dtype: torch.dtype, level: str) -> None:
     compare_with_float64(half_case(level, SHAPES, dtype, device=device), ops)
 
 
@@ -90,10 +89,8 @@ def test_options(ops: Any, device: torch.device, level: str, options: dict[str, 
 
 
 @pytest.mark.parametrize("level", ["rows", "stored"])
-def test_more_matrices_than_one_launch_takes(
-    ops: Any, device: torch.device, level: str
-) -> None:
-    compare_with_float64(half_case(level, [(3, 5)] * 180, torch.float32, device=device), ops)
+def test_more_matrices_than_one_launch_takes(ops: Any, device: torch.device, level: str) -> None:
+    compare_with_float64(half_case(level, [(2, 3)] * 175, torch.float32, device=device), ops)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -130,7 +127,7 @@ def test_unaligned_state(ops: Any, device: torch.device, dtype: torch.dtype, lev
         ]
 
     masters = dtype in SIXTEEN_BIT
-    plain = half_case(level, [(63, 129)], dtype, masters=masters, device=device)
+    plain = half_case(level, [(31, 67)], dtype, masters=masters, device=device)
     for offset in (1, 2, 3):
         shifted, expected = plain.copy(), plain.copy()
         shifted.weights = shift(shifted.weights, offset)
@@ -217,10 +214,8 @@ def test_same_bits_for_any_number_of_threads(
 @pytest.mark.parametrize("backend", ["cuda-emulated", GPU], indirect=True)
 @pytest.mark.parametrize("combination", DTYPE_COMBINATIONS, ids=lambda c: str([*c.values()]))
 @pytest.mark.parametrize("level", LEVELS)
-def test_the_bits_of_the_cpu(
-    backend: Backend, combination: dict[str, Any], level: str
-) -> None:
-    shapes = [(0, 5), (1, 1), (63, 129), (1, 1100), (130, 3)]
+def test_the_bits_of_the_cpu(backend: Backend, combination: dict[str, Any], level: str) -> None:
+    shapes = [(0, 5), (1, 1), (31, 67), (1, 1100), (40, 3)]
     mine = half_case(level, shapes, **combination, rounding="stochastic", device=backend.device)
     cpu = mine.copy(device=CPU)
     mine.run(backend.ops.half_adamw_)
@@ -328,9 +323,7 @@ def test_offsets_beyond_two_to_the_31(backend: Backend, level: str) -> None:
 def test_random_mask(ops: Any, device: torch.device, count: int, seed: int) -> None:
     mask_seed = torch.tensor(seed, device=device)
     mine = ops.random_mask(count, mask_seed=mask_seed, mask_id=2**32 - 2)
-    theirs = OPS["random_mask"].reference(
-        count, mask_seed=torch.tensor(seed), mask_id=2**32 - 2
-    )
+    theirs = OPS["random_mask"].reference(count, mask_seed=torch.tensor(seed), mask_id=2**32 - 2)
     assert torch.equal(mine.cpu(), theirs)
     assert unpack_mask(theirs, count).sum() == sum(
         (int(word) & 0xFFFFFFFF).bit_count() for word in theirs
@@ -350,12 +343,10 @@ def test_mask_counts(ops: Any, device: torch.device, count: int) -> None:
 def test_a_mask_is_one_half_and_without_structure(ops: Any, device: torch.device) -> None:
     """Within 4 sigma of a half; chi-squared over rows, columns and pairs of neighbours."""
     small = cuda_emulator.MODE != "plain"
-    rows, columns = (64, 256) if small else (512, 1024)
+    rows, columns = (64, 256) if small else (256, 1024)
     count = rows * columns
     for mask_id in range(2 if small else 4):
-        packed = ops.random_mask(
-            count, mask_seed=torch.tensor(11, device=device), mask_id=mask_id
-        )
+        packed = ops.random_mask(count, mask_seed=torch.tensor(11, device=device), mask_id=mask_id)
         mask = unpack_mask(packed.cpu(), count).view(rows, columns).double()
         assert abs(mask.mean() - 0.5) < 4 * 0.5 / count**0.5
         for totals, size in ((mask.sum(1), columns), (mask.sum(0), rows)):

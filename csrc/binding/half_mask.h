@@ -71,9 +71,9 @@ inline HalfMatrix pack_half_matrix(const char* op, HalfLevel level, const HalfAr
 
   for (const Tensor* moment : {&exp_avg, &a.exp_avg_sqs[i]}) {
     check_dtype(op, "exp_avgs and exp_avg_sqs", *moment, {exp_avg.scalar_type()});
-    STD_TORCH_CHECK(moment->is_contiguous() && same_layout(*moment, exp_avg) &&
-                        moment->device() == weight.device(),
-                    op, ": the moments must be contiguous, alike and on the parameter's device");
+    STD_TORCH_CHECK(
+        moment->is_contiguous() && same_layout(*moment, exp_avg) && moment->device() == weight.device(), op,
+        ": the moments must be contiguous, alike and on the parameter's device");
   }
   m.weight = weight.mutable_data_ptr();
   m.grad = grad.const_data_ptr();

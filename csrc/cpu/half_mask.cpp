@@ -43,8 +43,7 @@ void half_adamw_(TensorList self, TensorList grads, TensorList live, TensorList 
   step.key = key_of(op, "seed", seed);
   step.offset = offset ? uint32_t(integer_value(op, "offset", *offset)) : 0;
   const PhiloxKey mask_key = key_of(op, "mask_seed", mask_seed);
-  const HalfList list =
-      pack_half_list(op, half_level(op, level), arguments, step.hyperparameters.stochastic);
+  const HalfList list = pack_half_list(op, half_level(op, level), arguments, step.hyperparameters.stochastic);
   STD_TORCH_CHECK(seed || !list.draws, op, ": stochastic rounding needs a seed");
   STD_TORCH_CHECK(mask_seed || !list.draws_masks, op, ": a mask that isn't stored needs mask_seed");
   if (found_inf && scalar_value(op, "found_inf", *found_inf) != 0) return;
@@ -87,9 +86,8 @@ Tensor mask_counts(Tensor mask, int64_t count) {
   int64_t* out = counts.mutable_data_ptr<int64_t>();
   const uint32_t* words = reinterpret_cast<const uint32_t*>(mask.const_data_ptr<int32_t>());
   const auto body = PARTUNE_CPU_TABLE(half_mask_cpu).count;
-  torch::stable::parallel_for(0, mask_tiles(count), kGrain, [&](int64_t first, int64_t last) {
-    body(words, first, last, count, out);
-  });
+  torch::stable::parallel_for(0, mask_tiles(count), kGrain,
+                              [&](int64_t first, int64_t last) { body(words, first, last, count, out); });
   return counts;
 }
 

@@ -12,14 +12,14 @@ inline void check_one_device(const char* op, const TensorList& tensors) {
 }
 
 inline const float* device_float(const char* op, const char* name, const std::optional<Tensor>& tensor,
-                          const Tensor& like) {
+                                 const Tensor& like) {
   if (!tensor) return nullptr;
   check_scalar(op, name, *tensor, like, {ScalarType::Float});
   return tensor->const_data_ptr<float>();
 }
 
 inline const int64_t* device_integer(const char* op, const char* name, const std::optional<Tensor>& tensor,
-                              const Tensor& like) {
+                                     const Tensor& like) {
   if (!tensor) return nullptr;
   check_scalar(op, name, *tensor, like, {ScalarType::Long});
   return tensor->const_data_ptr<int64_t>();
@@ -42,7 +42,8 @@ void set_lr(const char* op, const Tensor& lr, const Tensor& like, SparseAdamWDev
 template <typename Real>
 SparseAdamWDeviceStep<Real> device_step(const char* op, const Tensor& like,
                                         const AdamWHyperparameters<Real>& hyperparameters, const Tensor& lr,
-                                        const std::optional<Tensor>& seed, const std::optional<Tensor>& offset,
+                                        const std::optional<Tensor>& seed,
+                                        const std::optional<Tensor>& offset,
                                         const std::optional<Tensor>& grad_scale,
                                         const std::optional<Tensor>& found_inf) {
   SparseAdamWDeviceStep<Real> step{};

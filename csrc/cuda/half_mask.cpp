@@ -45,8 +45,7 @@ void half_adamw_cuda_(TensorList self, TensorList grads, TensorList live, Tensor
   };
   const SparseAdamWDeviceStep<float> step = step_of(float());
   const int64_t* mask_key = device_integer(op, "mask_seed", mask_seed, self[0]);
-  const HalfList list =
-      pack_half_list(op, half_level(op, level), arguments, step.hyperparameters.stochastic);
+  const HalfList list = pack_half_list(op, half_level(op, level), arguments, step.hyperparameters.stochastic);
   STD_TORCH_CHECK(seed || !list.draws, op, ": stochastic rounding needs a seed");
   STD_TORCH_CHECK(mask_seed || !list.draws_masks, op, ": a mask that isn't stored needs mask_seed");
 
@@ -55,10 +54,10 @@ void half_adamw_cuda_(TensorList self, TensorList grads, TensorList live, Tensor
   for (int types = 0; types < kSparseAdamWTypesCount; ++types) {
     const std::vector<HalfMatrix> matrices = matrices_of(list, SparseAdamWTypes(types));
     const int count = int(matrices.size());
-    check_launch(op, types == kFloat64
-                         ? launch_half_adamw_float64(step_of(double()), mask_key, matrices.data(), count, stream)
-                         : launch_half_adamw(SparseAdamWTypes(types), step, mask_key, matrices.data(), count,
-                                             stream));
+    check_launch(
+        op, types == kFloat64
+                ? launch_half_adamw_float64(step_of(double()), mask_key, matrices.data(), count, stream)
+                : launch_half_adamw(SparseAdamWTypes(types), step, mask_key, matrices.data(), count, stream));
   }
 }
 
@@ -69,8 +68,8 @@ Tensor random_mask_cuda(int64_t count, Tensor mask_seed, int64_t mask_id) {
   const DeviceScope scope(mask_seed.get_device_index());
   Tensor mask = torch::stable::empty({mask_words(count)}, ScalarType::Int, std::nullopt, mask_seed.device());
   check_launch(op, launch_random_mask(reinterpret_cast<uint32_t*>(mask.mutable_data_ptr<int32_t>()), count,
-                                    mask_seed.const_data_ptr<int64_t>(), uint32_t(mask_id),
-                                    current_stream(mask_seed.get_device_index())));
+                                      mask_seed.const_data_ptr<int64_t>(), uint32_t(mask_id),
+                                      current_stream(mask_seed.get_device_index())));
   return mask;
 }
 
@@ -79,9 +78,9 @@ Tensor mask_counts_cuda(Tensor mask, int64_t count) {
   check_mask(op, mask, count);
   const DeviceScope scope(mask.get_device_index());
   Tensor counts = torch::stable::empty({mask_tiles(count)}, ScalarType::Long, std::nullopt, mask.device());
-  check_launch(op, launch_mask_counts(reinterpret_cast<const uint32_t*>(mask.const_data_ptr<int32_t>()), count,
-                                      counts.mutable_data_ptr<int64_t>(),
-                                      current_stream(mask.get_device_index())));
+  check_launch(
+      op, launch_mask_counts(reinterpret_cast<const uint32_t*>(mask.const_data_ptr<int32_t>()), count,
+                             counts.mutable_data_ptr<int64_t>(), current_stream(mask.get_device_index())));
   return counts;
 }
 

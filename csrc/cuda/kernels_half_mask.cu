@@ -36,7 +36,7 @@ cudaError_t launch_half_adamw(SparseAdamWTypes types, const SparseAdamWDeviceSte
 }
 
 cudaError_t launch_random_mask(uint32_t* mask, int64_t count, const int64_t* mask_seed, uint32_t mask_id,
-                             cudaStream_t stream) {
+                               cudaStream_t stream) {
   const int64_t entries = int64_t{kHalfBlock} * kCounterEntries;
   const int64_t blocks = (count + entries - 1) / entries;
   if (blocks == 0) return cudaSuccess;

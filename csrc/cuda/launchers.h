@@ -69,7 +69,7 @@ cudaError_t launch_half_adamw_float64(const SparseAdamWDeviceStep<double>& step,
 
 // The packed mask of `count` entries, and the live entries of each tile of such a mask.
 cudaError_t launch_random_mask(uint32_t* mask, int64_t count, const int64_t* mask_seed, uint32_t mask_id,
-                             cudaStream_t stream);
+                               cudaStream_t stream);
 cudaError_t launch_mask_counts(const uint32_t* mask, int64_t count, int64_t* counts, cudaStream_t stream);
 
 // ---- family scale_shift ----

@@ -10,10 +10,10 @@
 
 namespace partune {
 
-constexpr int kHalfTile = 1024;            // entries, and those between two ranks of a mask
+constexpr int kHalfTile = 1024;  // entries, and those between two ranks of a mask
 constexpr int kHalfTileWords = kHalfTile / 32;
-constexpr int kCounterEntries = 128;       // whose mask bits one Philox counter draws
-constexpr uint32_t kMaskDraw = 0;          // the counter's step word: steps, which round, count from 1
+constexpr int kCounterEntries = 128;  // whose mask bits one Philox counter draws
+constexpr uint32_t kMaskDraw = 0;     // the counter's step word: steps, which round, count from 1
 
 enum HalfLevel { kHalfRows, kHalfColumns, kHalfElements };
 
@@ -21,10 +21,10 @@ enum HalfLevel { kHalfRows, kHalfColumns, kHalfElements };
 // columns] for rows, [rows, live_count] for columns, [nnz] in order for elements.
 struct HalfMatrix {
   SparseAdamWMatrix entries;
-  const int32_t* live;      // rows or columns that are live, ascending
+  const int32_t* live;  // rows or columns that are live, ascending
   int64_t live_count;
-  const uint32_t* mask;     // elements: bit index mod 32 of word index / 32; null: drawn
-  const int64_t* ranks;     // elements: live entries before each tile, [tiles + 1]
+  const uint32_t* mask;  // elements: bit index mod 32 of word index / 32; null: drawn
+  const int64_t* ranks;  // elements: live entries before each tile, [tiles + 1]
   uint32_t mask_id;
   HalfLevel level;
 };

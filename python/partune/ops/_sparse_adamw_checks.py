@@ -81,7 +81,8 @@ def check_step(
     found_inf: Tensor | None,
 ) -> torch.device | None:
     """What every AdamW step takes: lists of one length on one device, and the numbers of a step."""
-    check.tensors("self", self, self[0].device if self and isinstance(self[0], Tensor) else None)
+    first = self[0] if isinstance(self, list | tuple) and self else None
+    check.tensors("self", self, first.device if isinstance(first, Tensor) else None)
     device = self[0].device if self else None
     for name, values in lists.items():
         check.tensors(name, values, device)

@@ -1,7 +1,7 @@
 """Family half_mask: AdamW on half of each matrix, as in HFT (arXiv 2404.18466).
 
-The finer levels of METHODS: whole rows, whole columns, or single entries whose mask is drawn anew at
-each step from (seed, id, position) and stored nowhere, or stored as a bit per entry.
+What is live are whole rows, whole columns, or single entries: by a mask that each step draws from
+(seed, id, position) and stores nowhere, or by one stored as a bit per entry.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from torch import Tensor
 from partune.ops._contract import Op, call, register
 from partune.ops._half_mask_checks import (
     check_half_adamw_,
-    check_random_mask,
     check_mask_counts,
+    check_random_mask,
 )
 from partune.ops._half_mask_reference import (
     TILE,
     mask_words,
     reference_half_adamw_,
-    reference_random_mask,
     reference_mask_counts,
+    reference_random_mask,
 )
 
 

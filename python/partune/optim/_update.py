@@ -245,7 +245,9 @@ def step_all(
         parameter, state = update.parameter, update.state
         key = (id(update.group), parameter.device, parameter.dtype, update.grad.dtype)
         level = None if update.half is None else update.half.level
-        alike.setdefault((*key, state["exp_avg"].dtype, "master" in state, level), []).append(update)
+        alike.setdefault((*key, state["exp_avg"].dtype, "master" in state, level), []).append(
+            update
+        )
     for members in alike.values():
         group = members[0].group
         options: StepOptions = {

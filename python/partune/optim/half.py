@@ -27,10 +27,9 @@ class HalfAdamW(Optimizer):
 
     Where a plan freezes a whole parameter it switches `requires_grad` off, so that autograd skips
     its gradient. Where it freezes part of one (a fused matrix, or levels "rows", "columns" and
-    "elements"), gradients stay dense and the step reads and writes live entries alone: neither decay
-    nor moments reach the others, and there is no state for them. Gradient clipping counts all
-    gradients that are there. Parameters that don't require gradients when the optimizer is made
-    stay frozen.
+    "elements"), gradients stay dense and the step updates live entries alone: neither decay nor
+    moments reach the others, and there is no state for them. Gradient clipping counts all gradients
+    that are there. Parameters that don't require gradients when the optimizer is made stay frozen.
 
     `state[p]` holds exp_avg, exp_avg_sq, step, master (where there is one) and parameter_id;
     exp_avg has the parameter's shape, or [live rows, columns], [rows, live columns] or [live
@@ -222,7 +221,8 @@ class HalfAdamW(Optimizer):
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load a checkpoint and its round: every dtype as it was saved, devices the parameters'.
 
-        Options come from the checkpoint. Everything is checked first: a failed load changes nothing.
+        Options come from the checkpoint. Everything is checked first: a failed load changes
+        nothing.
 
         Raises:
             TypeError, ValueError: a checkpoint that doesn't fit; the message says where.
@@ -249,8 +249,8 @@ class HalfAdamW(Optimizer):
             plan = self._draw(Half(**options))
         if plan.digest() != saved[0]["digest"]:
             raise ValueError(
-                "state_dict: got a plan that this model doesn't give, drawn for other parameters or "
-                "read from a file; begin its round with next_round(plan) before loading"
+                "state_dict: got a plan that this model doesn't give, drawn for other parameters "
+                "or read from a file; begin its round with next_round(plan) before loading"
             )
         return plan
 
@@ -298,8 +298,8 @@ class HalfAdamW(Optimizer):
             if parameter in frozen:
                 parameter.grad = None
                 _frozen_by_a_plan[parameter] = True
-            else:
-                _frozen_by_a_plan.pop(parameter, None)
+            elif parameter in _frozen_by_a_plan:
+                del _frozen_by_a_plan[parameter]
         saved = {"half": asdict(plan.half), "digest": plan.digest()}
         for group in self.param_groups:
             group["plan"] = saved

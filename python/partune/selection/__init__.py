@@ -1,6 +1,6 @@
 """Which weights train: selections propose scores, the core picks the k best of each matrix."""
 
-from partune.selection.half import Half, HalfPlan
+from partune.selection.half import Half, HalfPlan, HalfReset, half_reset_
 from partune.selection.principal import PrincipalWeights
 from partune.selection.protocol import Factors, Proposal, Scores, Selection, topk_csr
 from partune.selection.scores import GradientMagnitude, Magnitude, Movement, Random
@@ -10,6 +10,7 @@ __all__ = [
     "GradientMagnitude",
     "Half",
     "HalfPlan",
+    "HalfReset",
     "Magnitude",
     "Movement",
     "PrincipalWeights",
@@ -17,5 +18,6 @@ __all__ = [
     "Random",
     "Scores",
     "Selection",
+    "half_reset_",
     "topk_csr",
 ]

@@ -13,7 +13,7 @@ from partune.ops.philox import philox
 from partune.selection.half.naming import Unit
 
 _PLAN_ID = 2**32 - 1  # the counter's last word: masks and lines have their own ids there
-_UNITS, _POOLS, _LINES = 0, 1, 1  # the counter's third word; masks have 0
+_UNITS, _POOLS, _LINES = 0, 1, 2**32 - 1  # the third word; masks have 0, rounding from 1 on
 _ROUNDING = 1e-9  # shares such as 0.3·10 that floating point misses
 
 
@@ -44,7 +44,7 @@ def draw_units(
         up = set(sorted(alike, key=lambda key: lots[key])[:ups])
         for key in alike:
             wanted = math.floor(share) + (key in up)
-            candidates = pools[key]
+            candidates: Sequence[Unit] = pools[key]
             if balance == "parameters":
                 candidates = _balanced(candidates, wanted, ratio, sizes, lots[key])
             live |= set(sorted(candidates, key=lambda unit: words[unit])[:wanted])

@@ -61,7 +61,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Piece:
-    """A unit's share of one parameter: all of it, or lines [start, stop) of the matrix it is seen as."""
+    """A unit's share of one parameter: all of it, or lines [start, stop) of its matrix."""
 
     parameter: str
     unit: Unit
@@ -118,22 +118,23 @@ def read_structure(
         ValueError: no attention or MLP matrix is recognised, or a fused matrix can't be split.
     """
     given = [(re.compile(pattern), role) for pattern, role in patterns]
-    shapes = {name: tuple(shape) for name, shape in shapes.items()}
-    places = {name: _place(name, given) for name in shapes}
-    widths = _query_widths(shapes, places)
+    sizes = {name: tuple(shape) for name, shape in shapes.items()}
+    places = {name: _place(name, given) for name in sizes}
+    widths = _query_widths(sizes, places)
     pieces: list[Piece] = []
     for name, place in places.items():
         if place is not None:
-            pieces += _pieces(name, shapes[name], *place, widths, heads)
+            pieces += _pieces(name, sizes[name], *place, widths, heads)
     if not any(piece.unit.category != "norm" for piece in pieces):
         raise ValueError(
             f"model: no attention or MLP matrix has a name that is known, among "
-            f"{', '.join(list(shapes)[:6])}, …; tell them by patterns=((regular expression, "
+            f"{', '.join(list(sizes)[:6])}, …; tell them by patterns=((regular expression, "
             '"attention.q"), …)'
         )
     known = {piece.parameter for piece in pieces}
-    always = tuple(name for name in shapes if name not in known)
-    return Structure(dict(shapes), tuple(sorted(pieces, key=lambda p: (p.unit, p.parameter))), always)
+    always = tuple(name for name in sizes if name not in known)
+    pieces.sort(key=lambda piece: (piece.unit, piece.parameter))
+    return Structure(sizes, tuple(pieces), always)
 
 
 _Place = tuple[tuple[str | int, ...], str, str]  # block, path in the block, role

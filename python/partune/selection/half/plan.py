@@ -10,13 +10,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from partune.selection.half.draw import draw_lines
 from partune.selection.half.naming import matrix_of
 
 if TYPE_CHECKING:
-    from partune.selection.half import Half
+    from partune.selection.half.half import Half
 
 KINDS = ("all", "none", "rows", "columns", "elements")
 
@@ -47,8 +48,6 @@ class Live:
 
     def lines(self, shape: tuple[int, ...], seed: int) -> Tensor:
         """The live rows or columns, ascending int32, on the CPU."""
-        import torch
-
         if self.mask_id is None:
             ranges = [torch.arange(*bounds, dtype=torch.int32) for bounds in self.ranges]
             return torch.cat(ranges)
@@ -116,7 +115,7 @@ class HalfPlan:
         Raises:
             ValueError: text that is no plan.
         """
-        from partune.selection.half import Half
+        from partune.selection.half.half import Half
 
         try:
             read = json.loads(text)

@@ -65,48 +65,67 @@ template <typename Stored, typename Real>
 struct PackVectors {
   Real addend[kPackSize<Stored>], scale[kPackSize<Stored>], shift[kPackSize<Stored>];
 
-  // Channels [channel, channel + count), or one channel for the whole pack.
-  PARTUNE_MEMBER void read(const ScaleShiftTask& task, int64_t channel, int64_t count, bool one) {
+  // Channels [channel, channel + count).
+  PARTUNE_MEMBER void read(const ScaleShiftTask& task, int64_t channel, int64_t count) {
     PARTUNE_UNROLL
     for (int i = 0; i < kPackSize<Stored>; ++i) {
-      const int64_t at = one ? channel : channel + i;
-      const bool valid = one || i < count;
-      scale[i] = valid ? read_channel<Stored>(task.scale, at, Real(1)) : Real(1);
-      shift[i] = valid ? read_channel<Stored>(task.shift, at, Real(0)) : Real(0);
-      const Real bias = valid ? read_channel<Stored>(task.bias, at, Real(0)) : Real(0);
-      addend[i] = task.from_output ? -shift[i] : bias;
+      scale[i] = addend[i] = shift[i] = Real(0);
+      if (i < count) read_one(task, channel + i, i);
     }
+  }
+
+  // One channel, for the whole pack.
+  PARTUNE_MEMBER void repeat(const ScaleShiftTask& task, int64_t channel) {
+    read_one(task, channel, 0);
+    PARTUNE_UNROLL
+    for (int i = 1; i < kPackSize<Stored>; ++i) {
+      addend[i] = addend[0];
+      scale[i] = scale[0];
+      shift[i] = shift[0];
+    }
+  }
+
+ private:
+  PARTUNE_MEMBER void read_one(const ScaleShiftTask& task, int64_t channel, int i) {
+    scale[i] = read_channel<Stored>(task.scale, channel, Real(1));
+    shift[i] = read_channel<Stored>(task.shift, channel, Real(0));
+    addend[i] = task.from_output ? -shift[i] : read_channel<Stored>(task.bias, channel, Real(0));
   }
 };
 
-// A pack at a position in memory, forward.
-template <Activation kActivation, typename Stored, typename Real>
+// Whether all packs of a task are whole and aligned, lines being so long.
+template <typename Stored>
+PARTUNE_FN bool has_whole_packs(const ScaleShiftTask& task, int64_t length) {
+  return length % kPackSize<Stored> == 0 && is_wide_aligned(static_cast<const Stored*>(task.input)) &&
+         is_wide_aligned(static_cast<const Stored*>(task.saved)) &&
+         is_wide_aligned(static_cast<const Stored*>(task.output));
+}
+
+// A pack at a position in memory, forward. A promise that it is whole leaves no branch, and so lets the
+// compiler keep the access in one piece.
+template <bool kWhole, Activation kActivation, typename Stored, typename Real>
 PARTUNE_FN void forward_pack(const ScaleShiftTask& task, const PackVectors<Stored, Real>& vectors,
-                             int64_t position, int64_t count) {
-  const Stored* input = static_cast<const Stored*>(task.input) + position;
-  Stored* output = static_cast<Stored*>(task.output) + position;
-  WidePack<Stored> pack = load_wide(input, count, is_wide_aligned(input));
+                             int64_t position, int64_t left) {
+  const int64_t count = kWhole ? kPackSize<Stored> : left;
+  WidePack<Stored> pack = load_wide(static_cast<const Stored*>(task.input) + position, count, kWhole);
   PARTUNE_UNROLL
   for (int i = 0; i < kPackSize<Stored>; ++i) {
     const Real y = scale_shift_element<kActivation>(widen(pack.at[i]), vectors.addend[i], vectors.scale[i],
                                                     vectors.shift[i]);
     round_nearest(y, pack.at[i]);
   }
-  store_wide(pack, output, count, is_wide_aligned(output));
+  store_wide(pack, static_cast<Stored*>(task.output) + position, count, kWhole);
 }
 
 // The same backward, its parts of the sums added to `along` and `plain`.
-template <Activation kActivation, typename Stored, typename Real>
+template <bool kWhole, Activation kActivation, typename Stored, typename Real>
 PARTUNE_FN void backward_pack(const ScaleShiftTask& task, const PackVectors<Stored, Real>& vectors,
-                              int64_t position, int64_t count, Real (&along)[kPackSize<Stored>],
+                              int64_t position, int64_t left, Real (&along)[kPackSize<Stored>],
                               Real (&plain)[kPackSize<Stored>]) {
-  const Stored* grad = static_cast<const Stored*>(task.input) + position;
-  WidePack<Stored> pack = load_wide(grad, count, is_wide_aligned(grad));
+  const int64_t count = kWhole ? kPackSize<Stored> : left;
+  WidePack<Stored> pack = load_wide(static_cast<const Stored*>(task.input) + position, count, kWhole);
   WidePack<Stored> saved = {};
-  if (task.saved) {
-    const Stored* known = static_cast<const Stored*>(task.saved) + position;
-    saved = load_wide(known, count, is_wide_aligned(known));
-  }
+  if (task.saved) saved = load_wide(static_cast<const Stored*>(task.saved) + position, count, kWhole);
   PARTUNE_UNROLL
   for (int i = 0; i < kPackSize<Stored>; ++i) {
     const InnerGrad<Real> inner = inner_grad<kActivation>(
@@ -115,10 +134,7 @@ PARTUNE_FN void backward_pack(const ScaleShiftTask& task, const PackVectors<Stor
     plain[i] += inner.grad;
     round_nearest(multiply(inner.grad, vectors.scale[i]), pack.at[i]);
   }
-  if (task.output) {
-    Stored* output = static_cast<Stored*>(task.output) + position;
-    store_wide(pack, output, count, is_wide_aligned(output));
-  }
+  if (task.output) store_wide(pack, static_cast<Stored*>(task.output) + position, count, kWhole);
 }
 
 // Which rows and columns of [rows, channels] a thread has: a pack of each kLanes-th row of a tile.
@@ -165,9 +181,18 @@ __global__ void __launch_bounds__(kBlock) scale_shift_rows_kernel(const ScaleShi
   const RowTile<Stored, kBlock> tile(task.layout);
   if (tile.count > 0) {
     PackVectors<Stored, Real> vectors;
-    vectors.read(task, tile.column, tile.count, false);
-    for (int64_t row = tile.first_row; row < tile.end_row; row += tile.kLanes) {
-      forward_pack<kActivation>(task, vectors, row * task.layout.channels + tile.column, tile.count);
+    vectors.read(task, tile.column, tile.count);
+    const int64_t channels = task.layout.channels;
+    const int64_t end = tile.end_row * channels, step = tile.kLanes * channels;
+    int64_t position = tile.first_row * channels + tile.column;
+    if (has_whole_packs<Stored>(task, channels)) {
+#pragma unroll 1
+      for (; position < end; position += step) forward_pack<true, kActivation>(task, vectors, position, 0);
+    } else {
+#pragma unroll 1
+      for (; position < end; position += step) {
+        forward_pack<false, kActivation>(task, vectors, position, tile.count);
+      }
     }
   }
 }
@@ -179,9 +204,18 @@ __global__ void __launch_bounds__(kBlock) scale_shift_planes_kernel(const ScaleS
   const PlaneSegment<kBlock> segment(task.layout);
   if (segment.count > 0) {
     PackVectors<Stored, Real> vectors;
-    vectors.read(task, segment.channel, 1, true);
-    for (int64_t i = threadIdx.x % 32 * kPackSize<Stored>; i < segment.count; i += 32 * kPackSize<Stored>) {
-      forward_pack<kActivation>(task, vectors, segment.begin + i, segment.count - i);
+    vectors.repeat(task, segment.channel);
+    int64_t i = threadIdx.x % 32 * kPackSize<Stored>;
+    if (has_whole_packs<Stored>(task, task.layout.inner)) {
+#pragma unroll 1
+      for (; i < segment.count; i += 32 * kPackSize<Stored>) {
+        forward_pack<true, kActivation>(task, vectors, segment.begin + i, 0);
+      }
+    } else {
+#pragma unroll 1
+      for (; i < segment.count; i += 32 * kPackSize<Stored>) {
+        forward_pack<false, kActivation>(task, vectors, segment.begin + i, segment.count - i);
+      }
     }
   }
 }
@@ -198,10 +232,20 @@ __global__ void __launch_bounds__(kBlock) scale_shift_backward_rows_kernel(const
   Real along[kPack] = {}, plain[kPack] = {};
   if (tile.count > 0) {
     PackVectors<Stored, Real> vectors;
-    vectors.read(task, tile.column, tile.count, false);
-    for (int64_t row = tile.first_row; row < tile.end_row; row += kLanes) {
-      backward_pack<kActivation>(task, vectors, row * task.layout.channels + tile.column, tile.count, along,
-                                 plain);
+    vectors.read(task, tile.column, tile.count);
+    const int64_t channels = task.layout.channels;
+    const int64_t end = tile.end_row * channels, step = kLanes * channels;
+    int64_t position = tile.first_row * channels + tile.column;
+    if (has_whole_packs<Stored>(task, channels)) {
+#pragma unroll 1
+      for (; position < end; position += step) {
+        backward_pack<true, kActivation>(task, vectors, position, 0, along, plain);
+      }
+    } else {
+#pragma unroll 1
+      for (; position < end; position += step) {
+        backward_pack<false, kActivation>(task, vectors, position, tile.count, along, plain);
+      }
     }
   }
   PARTUNE_UNROLL
@@ -234,9 +278,18 @@ __global__ void __launch_bounds__(kBlock) scale_shift_backward_planes_kernel(con
   Real along[kPack] = {}, plain[kPack] = {};
   if (segment.count > 0) {
     PackVectors<Stored, Real> vectors;
-    vectors.read(task, segment.channel, 1, true);
-    for (int64_t i = threadIdx.x % 32 * kPack; i < segment.count; i += 32 * kPack) {
-      backward_pack<kActivation>(task, vectors, segment.begin + i, segment.count - i, along, plain);
+    vectors.repeat(task, segment.channel);
+    int64_t i = threadIdx.x % 32 * kPack;
+    if (has_whole_packs<Stored>(task, task.layout.inner)) {
+#pragma unroll 1
+      for (; i < segment.count; i += 32 * kPack) {
+        backward_pack<true, kActivation>(task, vectors, segment.begin + i, 0, along, plain);
+      }
+    } else {
+#pragma unroll 1
+      for (; i < segment.count; i += 32 * kPack) {
+        backward_pack<false, kActivation>(task, vectors, segment.begin + i, segment.count - i, along, plain);
+      }
     }
   }
   PARTUNE_UNROLL

@@ -37,7 +37,9 @@ PARTUNE_FN WidePack<T> load_wide(const T* from, int64_t count, bool aligned) {
 template <typename T>
 PARTUNE_FN void store_wide(const WidePack<T>& pack, T* to, int64_t count, bool aligned) {
   if (aligned && count >= kPackSize<T>) {
-    *reinterpret_cast<WidePack<T>*>(to) = pack;
+    uint4 words;
+    __builtin_memcpy(&words, &pack, sizeof words);
+    __stcg(reinterpret_cast<uint4*>(to), words);  // the compiler stores an assigned struct in parts
     return;
   }
   PARTUNE_UNROLL

@@ -1,5 +1,5 @@
-// Family scale_shift on CUDA. A thread takes 16 bytes of neighbours at a time. With channels last a warp
-// has 32 such packs side by side and a block goes down the rows, its vectors in registers; with channels
+// Family scale_shift on CUDA. A thread takes 16 bytes of neighbours at a time, or one. With channels last a
+// warp has 32 such packs side by side and a block goes down the rows, its vectors in registers; with channels
 // first a warp has neighbours of one channel. Backward, each block leaves two sums per channel, which
 // a second kernel adds up in their order.
 //
@@ -17,34 +17,25 @@ constexpr int kPlaneSegment = 4096;
 template <typename T>
 constexpr int kPackSize = 16 / int(sizeof(T));
 
-// 16 bytes of neighbours.
-template <typename T>
-struct alignas(16) WidePack {
-  T at[kPackSize<T>];
+// Neighbours in memory, read and written in one access: 16 bytes, or one element.
+template <typename T, int kPack>
+struct alignas(kPack * sizeof(T)) Neighbours {
+  T at[kPack];
 };
 
-template <typename T>
-PARTUNE_FN WidePack<T> load_wide(const T* from, int64_t count, bool aligned) {
-  WidePack<T> pack = {};
-  if (aligned && count >= kPackSize<T>) return *reinterpret_cast<const WidePack<T>*>(from);
-  PARTUNE_UNROLL
-  for (int i = 0; i < kPackSize<T>; ++i) {
-    if (i < count) pack.at[i] = from[i];
-  }
-  return pack;
+template <int kPack, typename T>
+PARTUNE_FN Neighbours<T, kPack> load_neighbours(const T* from) {
+  return *reinterpret_cast<const Neighbours<T, kPack>*>(from);
 }
 
-template <typename T>
-PARTUNE_FN void store_wide(const WidePack<T>& pack, T* to, int64_t count, bool aligned) {
-  if (aligned && count >= kPackSize<T>) {
+template <typename T, int kPack>
+PARTUNE_FN void store_neighbours(const Neighbours<T, kPack>& pack, T* to) {
+  if constexpr (kPack == kPackSize<T>) {
     uint4 words;
     __builtin_memcpy(&words, &pack, sizeof words);
     __stcg(reinterpret_cast<uint4*>(to), words);  // the compiler stores an assigned struct in parts
-    return;
-  }
-  PARTUNE_UNROLL
-  for (int i = 0; i < kPackSize<T>; ++i) {
-    if (i < count) to[i] = pack.at[i];
+  } else {
+    *reinterpret_cast<Neighbours<T, kPack>*>(to) = pack;
   }
 }
 
@@ -62,25 +53,22 @@ PARTUNE_FN Real read_channel(const ChannelVector& vector, int64_t channel, Real 
   return widen(static_cast<const Stored*>(vector.data)[channel]);
 }
 
-// Real numbers of a pack's channels.
-template <typename Stored, typename Real>
+// Real numbers of kPack neighbours' channels.
+template <int kPack, typename Stored, typename Real>
 struct PackVectors {
-  Real addend[kPackSize<Stored>], scale[kPackSize<Stored>], shift[kPackSize<Stored>];
+  Real addend[kPack], scale[kPack], shift[kPack];
 
-  // Channels [channel, channel + count).
-  PARTUNE_MEMBER void read(const ScaleShiftTask& task, int64_t channel, int64_t count) {
+  // Channels [channel, channel + kPack).
+  PARTUNE_MEMBER void read(const ScaleShiftTask& task, int64_t channel) {
     PARTUNE_UNROLL
-    for (int i = 0; i < kPackSize<Stored>; ++i) {
-      scale[i] = addend[i] = shift[i] = Real(0);
-      if (i < count) read_one(task, channel + i, i);
-    }
+    for (int i = 0; i < kPack; ++i) read_one(task, channel + i, i);
   }
 
   // One channel, for the whole pack.
   PARTUNE_MEMBER void repeat(const ScaleShiftTask& task, int64_t channel) {
     read_one(task, channel, 0);
     PARTUNE_UNROLL
-    for (int i = 1; i < kPackSize<Stored>; ++i) {
+    for (int i = 1; i < kPack; ++i) {
       addend[i] = addend[0];
       scale[i] = scale[0];
       shift[i] = shift[0];
@@ -95,159 +83,128 @@ struct PackVectors {
   }
 };
 
-// Whether all packs of a task are whole and aligned, lines being so long.
-template <typename Stored>
-PARTUNE_FN bool has_whole_packs(const ScaleShiftTask& task, int64_t length) {
-  return length % kPackSize<Stored> == 0 && is_wide_aligned(static_cast<const Stored*>(task.input)) &&
-         is_wide_aligned(static_cast<const Stored*>(task.saved)) &&
-         is_wide_aligned(static_cast<const Stored*>(task.output));
-}
-
-// A pack at a position in memory, forward. A promise that it is whole leaves no branch, and so lets the
-// compiler keep the access in one piece.
-template <bool kWhole, Activation kActivation, typename Stored, typename Real>
-PARTUNE_FN void forward_pack(const ScaleShiftTask& task, const PackVectors<Stored, Real>& vectors,
-                             int64_t position, int64_t left) {
-  const int64_t count = kWhole ? kPackSize<Stored> : left;
-  WidePack<Stored> pack = load_wide(static_cast<const Stored*>(task.input) + position, count, kWhole);
+// A pack at a position in memory, forward.
+template <Activation kActivation, int kPack, typename Stored, typename Real>
+PARTUNE_FN void forward_pack(const ScaleShiftTask& task, const PackVectors<kPack, Stored, Real>& vectors,
+                             int64_t position) {
+  Neighbours<Stored, kPack> pack = load_neighbours<kPack>(static_cast<const Stored*>(task.input) + position);
   PARTUNE_UNROLL
-  for (int i = 0; i < kPackSize<Stored>; ++i) {
+  for (int i = 0; i < kPack; ++i) {
     const Real y = scale_shift_element<kActivation>(widen(pack.at[i]), vectors.addend[i], vectors.scale[i],
                                                     vectors.shift[i]);
     round_nearest(y, pack.at[i]);
   }
-  store_wide(pack, static_cast<Stored*>(task.output) + position, count, kWhole);
+  store_neighbours(pack, static_cast<Stored*>(task.output) + position);
 }
 
 // The same backward, its parts of the sums added to `along` and `plain`.
-template <bool kWhole, Activation kActivation, typename Stored, typename Real>
-PARTUNE_FN void backward_pack(const ScaleShiftTask& task, const PackVectors<Stored, Real>& vectors,
-                              int64_t position, int64_t left, Real (&along)[kPackSize<Stored>],
-                              Real (&plain)[kPackSize<Stored>]) {
-  const int64_t count = kWhole ? kPackSize<Stored> : left;
-  WidePack<Stored> pack = load_wide(static_cast<const Stored*>(task.input) + position, count, kWhole);
-  WidePack<Stored> saved = {};
-  if (task.saved) saved = load_wide(static_cast<const Stored*>(task.saved) + position, count, kWhole);
+template <Activation kActivation, int kPack, typename Stored, typename Real>
+PARTUNE_FN void backward_pack(const ScaleShiftTask& task, const PackVectors<kPack, Stored, Real>& vectors,
+                              int64_t position, Real (&along)[kPack], Real (&plain)[kPack]) {
+  Neighbours<Stored, kPack> pack = load_neighbours<kPack>(static_cast<const Stored*>(task.input) + position);
+  Neighbours<Stored, kPack> saved = {};
+  if (kActivation != Activation::kNone || task.saved)
+    saved = load_neighbours<kPack>(static_cast<const Stored*>(task.saved) + position);
   PARTUNE_UNROLL
-  for (int i = 0; i < kPackSize<Stored>; ++i) {
+  for (int i = 0; i < kPack; ++i) {
     const InnerGrad<Real> inner = inner_grad<kActivation>(
         widen(pack.at[i]), widen(saved.at[i]), vectors.addend[i], vectors.scale[i], vectors.shift[i]);
     along[i] = multiply_add(inner.grad, inner.factor, along[i]);
     plain[i] += inner.grad;
     round_nearest(multiply(inner.grad, vectors.scale[i]), pack.at[i]);
   }
-  if (task.output) store_wide(pack, static_cast<Stored*>(task.output) + position, count, kWhole);
+  if (task.output) store_neighbours(pack, static_cast<Stored*>(task.output) + position);
 }
 
 // Which rows and columns of [rows, channels] a thread has: a pack of each kLanes-th row of a tile.
-template <typename Stored, int kBlock>
+template <int kPack, int kBlock>
 struct RowTile {
   static constexpr int kLanes = kBlock / 32;
-  static constexpr int kColumns = 32 * kPackSize<Stored>;
-  int64_t tile, first_row, end_row, column, count;
+  static constexpr int kColumns = 32 * kPack;
+  int64_t tile, first_column, column;
+  int64_t position, end, step;  // of the packs in memory; none where the column is out of range
 
   PARTUNE_MEMBER explicit RowTile(const ChannelLayout& layout) {
-    const int64_t tiles = (layout.channels + kColumns - 1) / kColumns;
-    tile = int64_t(blockIdx.x) / tiles;
-    first_row = tile * kSumTileRows + threadIdx.x / 32;
-    end_row = (tile + 1) * kSumTileRows < layout.outer ? (tile + 1) * kSumTileRows : layout.outer;
-    column = int64_t(blockIdx.x) % tiles * kColumns + int64_t(threadIdx.x % 32) * kPackSize<Stored>;
-    count = layout.channels - column;
+    // No more tiles than blocks, which 32 bits count.
+    const unsigned tiles = unsigned((layout.channels + kColumns - 1) / kColumns);
+    tile = blockIdx.x / tiles;
+    first_column = int64_t(blockIdx.x % tiles) * kColumns;
+    column = first_column + int64_t(threadIdx.x % 32) * kPack;
+    const int64_t end_row = (tile + 1) * kSumTileRows;
+    position = (tile * kSumTileRows + threadIdx.x / 32) * layout.channels + column;
+    end = column < layout.channels ? (end_row < layout.outer ? end_row : layout.outer) * layout.channels : 0;
+    step = kLanes * layout.channels;
   }
 };
 
-// Which neighbours of one channel a warp has.
-template <int kBlock>
+// Which neighbours of one channel a thread has: a pack of each 32 of its warp's segment.
+template <int kPack, int kBlock>
 struct PlaneSegment {
-  int64_t sum_row, channel, begin, count;
+  int64_t sum_row, channel;
+  int64_t position, end;  // of the packs in memory
+  bool exists;
 
   PARTUNE_MEMBER explicit PlaneSegment(const ChannelLayout& layout) {
     const int64_t segments = (layout.inner + kPlaneSegment - 1) / kPlaneSegment;
     const int64_t unit = int64_t(blockIdx.x) * (kBlock / 32) + threadIdx.x / 32;
     sum_row = unit / layout.channels;
     channel = unit % layout.channels;
-    const int64_t start = sum_row % segments * kPlaneSegment;
-    const int64_t outer = sum_row / segments;
-    const int64_t left = layout.inner - start;
-    count = outer < layout.outer ? (left < kPlaneSegment ? left : kPlaneSegment) : 0;
-    begin = (outer * layout.channels + channel) * layout.inner + start;
+    const int64_t start = sum_row % segments * kPlaneSegment, outer = sum_row / segments;
+    const int64_t stop = start + kPlaneSegment < layout.inner ? start + kPlaneSegment : layout.inner;
+    const int64_t line = (outer * layout.channels + channel) * layout.inner;
+    exists = outer < layout.outer;
+    position = line + start + int64_t(threadIdx.x % 32) * kPack;
+    end = exists ? line + stop : 0;
   }
 };
 
 // ---- forward ----
 
-// SASS <float>: LDG.E.128, STG.E.128
-// SASS <BFloat16>: LDG.E.128, STG.E.128
-template <typename Stored, typename Real, Activation kActivation, int kBlock>
+// Packs are of kPackSize neighbours where lines and addresses let all of them be whole, else of one.
+// SASS <float, float, 4>: LDG.E.128, STG.E.128
+// SASS <BFloat16, float, 8>: LDG.E.128, STG.E.128
+template <typename Stored, typename Real, int kPack, Activation kActivation, int kBlock>
 __global__ void __launch_bounds__(kBlock) scale_shift_rows_kernel(const ScaleShiftTask task) {
-  const RowTile<Stored, kBlock> tile(task.layout);
-  if (tile.count > 0) {
-    PackVectors<Stored, Real> vectors;
-    vectors.read(task, tile.column, tile.count);
-    const int64_t channels = task.layout.channels;
-    const int64_t end = tile.end_row * channels, step = tile.kLanes * channels;
-    int64_t position = tile.first_row * channels + tile.column;
-    if (has_whole_packs<Stored>(task, channels)) {
-#pragma unroll 1
-      for (; position < end; position += step) forward_pack<true, kActivation>(task, vectors, position, 0);
-    } else {
-#pragma unroll 1
-      for (; position < end; position += step) {
-        forward_pack<false, kActivation>(task, vectors, position, tile.count);
-      }
+  const RowTile<kPack, kBlock> tile(task.layout);
+  if (tile.position < tile.end) {
+    PackVectors<kPack, Stored, Real> vectors;
+    vectors.read(task, tile.column);
+    for (int64_t position = tile.position; position < tile.end; position += tile.step) {
+      forward_pack<kActivation>(task, vectors, position);
     }
   }
 }
 
-// SASS <float>: LDG.E.128, STG.E.128
-// SASS <BFloat16>: LDG.E.128, STG.E.128
-template <typename Stored, typename Real, Activation kActivation, int kBlock>
+// SASS <float, float, 4>: LDG.E.128, STG.E.128
+// SASS <BFloat16, float, 8>: LDG.E.128, STG.E.128
+template <typename Stored, typename Real, int kPack, Activation kActivation, int kBlock>
 __global__ void __launch_bounds__(kBlock) scale_shift_planes_kernel(const ScaleShiftTask task) {
-  const PlaneSegment<kBlock> segment(task.layout);
-  if (segment.count > 0) {
-    PackVectors<Stored, Real> vectors;
+  const PlaneSegment<kPack, kBlock> segment(task.layout);
+  if (segment.position < segment.end) {
+    PackVectors<kPack, Stored, Real> vectors;
     vectors.repeat(task, segment.channel);
-    int64_t i = threadIdx.x % 32 * kPackSize<Stored>;
-    if (has_whole_packs<Stored>(task, task.layout.inner)) {
-#pragma unroll 1
-      for (; i < segment.count; i += 32 * kPackSize<Stored>) {
-        forward_pack<true, kActivation>(task, vectors, segment.begin + i, 0);
-      }
-    } else {
-#pragma unroll 1
-      for (; i < segment.count; i += 32 * kPackSize<Stored>) {
-        forward_pack<false, kActivation>(task, vectors, segment.begin + i, segment.count - i);
-      }
+    for (int64_t position = segment.position; position < segment.end; position += 32 * kPack) {
+      forward_pack<kActivation>(task, vectors, position);
     }
   }
 }
 
 // ---- backward ----
 
-// SASS <float>: LDG.E.128 x2, STG.E.128
-// SASS <BFloat16>: LDG.E.128 x2, STG.E.128
-template <typename Stored, typename Real, Activation kActivation, int kBlock>
+// SASS <float, float, 4>: LDG.E.128 x2, STG.E.128
+// SASS <BFloat16, float, 8>: LDG.E.128 x2, STG.E.128
+template <typename Stored, typename Real, int kPack, Activation kActivation, int kBlock>
 __global__ void __launch_bounds__(kBlock) scale_shift_backward_rows_kernel(const ScaleShiftTask task) {
-  constexpr int kPack = kPackSize<Stored>, kLanes = kBlock / 32;
+  constexpr int kLanes = kBlock / 32;
   SHARED(Real, sums, [kLanes][2][32 * kPack]);
-  const RowTile<Stored, kBlock> tile(task.layout);
+  const RowTile<kPack, kBlock> tile(task.layout);
   Real along[kPack] = {}, plain[kPack] = {};
-  if (tile.count > 0) {
-    PackVectors<Stored, Real> vectors;
-    vectors.read(task, tile.column, tile.count);
-    const int64_t channels = task.layout.channels;
-    const int64_t end = tile.end_row * channels, step = kLanes * channels;
-    int64_t position = tile.first_row * channels + tile.column;
-    if (has_whole_packs<Stored>(task, channels)) {
+  if (tile.position < tile.end) {
+    PackVectors<kPack, Stored, Real> vectors;
+    vectors.read(task, tile.column);
 #pragma unroll 1
-      for (; position < end; position += step) {
-        backward_pack<true, kActivation>(task, vectors, position, 0, along, plain);
-      }
-    } else {
-#pragma unroll 1
-      for (; position < end; position += step) {
-        backward_pack<false, kActivation>(task, vectors, position, tile.count, along, plain);
-      }
+    for (int64_t position = tile.position; position < tile.end; position += tile.step) {
+      backward_pack<kActivation>(task, vectors, position, along, plain);
     }
   }
   PARTUNE_UNROLL
@@ -257,41 +214,30 @@ __global__ void __launch_bounds__(kBlock) scale_shift_backward_rows_kernel(const
   }
   __syncthreads();
   if (task.partial) {
-    const int64_t first = tile.column - int64_t(threadIdx.x % 32) * kPack;
+    const int64_t channels = task.layout.channels;
+    Real* partial = static_cast<Real*>(task.partial) + tile.tile * 2 * channels + tile.first_column;
     for (int i = int(threadIdx.x); i < 2 * 32 * kPack; i += kBlock) {
       const int which = i / (32 * kPack), column = i % (32 * kPack);
       Real sum = sums[0][which][column];
       PARTUNE_UNROLL
       for (int lane = 1; lane < kLanes; ++lane) sum += sums[lane][which][column];
-      if (first + column < task.layout.channels) {
-        static_cast<Real*>(task.partial)[(tile.tile * 2 + which) * task.layout.channels + first + column] =
-            sum;
-      }
+      if (tile.first_column + column < channels) partial[which * channels + column] = sum;
     }
   }
 }
 
-// SASS <float>: LDG.E.128 x2, STG.E.128
-// SASS <BFloat16>: LDG.E.128 x2, STG.E.128
-template <typename Stored, typename Real, Activation kActivation, int kBlock>
+// SASS <float, float, 4>: LDG.E.128 x2, STG.E.128
+// SASS <BFloat16, float, 8>: LDG.E.128 x2, STG.E.128
+template <typename Stored, typename Real, int kPack, Activation kActivation, int kBlock>
 __global__ void __launch_bounds__(kBlock) scale_shift_backward_planes_kernel(const ScaleShiftTask task) {
-  constexpr int kPack = kPackSize<Stored>;
-  const PlaneSegment<kBlock> segment(task.layout);
+  const PlaneSegment<kPack, kBlock> segment(task.layout);
   Real along[kPack] = {}, plain[kPack] = {};
-  if (segment.count > 0) {
-    PackVectors<Stored, Real> vectors;
+  if (segment.position < segment.end) {
+    PackVectors<kPack, Stored, Real> vectors;
     vectors.repeat(task, segment.channel);
-    int64_t i = threadIdx.x % 32 * kPack;
-    if (has_whole_packs<Stored>(task, task.layout.inner)) {
 #pragma unroll 1
-      for (; i < segment.count; i += 32 * kPack) {
-        backward_pack<true, kActivation>(task, vectors, segment.begin + i, 0, along, plain);
-      }
-    } else {
-#pragma unroll 1
-      for (; i < segment.count; i += 32 * kPack) {
-        backward_pack<false, kActivation>(task, vectors, segment.begin + i, segment.count - i, along, plain);
-      }
+    for (int64_t position = segment.position; position < segment.end; position += 32 * kPack) {
+      backward_pack<kActivation>(task, vectors, position, along, plain);
     }
   }
   PARTUNE_UNROLL
@@ -304,7 +250,7 @@ __global__ void __launch_bounds__(kBlock) scale_shift_backward_planes_kernel(con
     along[0] += __shfl_xor_sync(0xffffffffu, along[0], step);
     plain[0] += __shfl_xor_sync(0xffffffffu, plain[0], step);
   }
-  if (task.partial && segment.count > 0 && threadIdx.x % 32 == 0) {
+  if (task.partial && segment.exists && threadIdx.x % 32 == 0) {
     Real* partial = static_cast<Real*>(task.partial) + segment.sum_row * 2 * task.layout.channels;
     partial[segment.channel] = along[0];
     partial[task.layout.channels + segment.channel] = plain[0];

@@ -28,10 +28,22 @@ class ScaleShift {
   }
 
  private:
-  static int64_t blocks_of(const ChannelLayout& layout) {
+  // float64 is for checks: it has no kernels of its own for whole packs.
+  static constexpr bool kHasPacks = sizeof(Real) == sizeof(float);
+
+  static bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+  // Whether every line of a task divides into whole, aligned packs.
+  static bool has_whole_packs(const ScaleShiftTask& task) {
+    const int64_t length = task.layout.inner == 1 ? task.layout.channels : task.layout.inner;
+    return length % kPackSize<Stored> == 0 && is_aligned(task.input) && is_aligned(task.saved) &&
+           is_aligned(task.output);
+  }
+
+  static int64_t blocks_of(const ChannelLayout& layout, int pack) {
     if (layout.inner == 1) {
-      constexpr int64_t kColumns = 32 * kPackSize<Stored>;
-      return count_rows_of_sums(layout) * ((layout.channels + kColumns - 1) / kColumns);
+      const int64_t columns = int64_t{32} * pack;
+      return count_rows_of_sums(layout) * ((layout.channels + columns - 1) / columns);
     }
     constexpr int64_t kWarps = kScaleShiftBlock / 32;
     return (count_rows_of_sums(layout) * layout.channels + kWarps - 1) / kWarps;
@@ -46,12 +58,20 @@ class ScaleShift {
     return LAUNCH(kernel, dim3(unsigned(blocks)), dim3(kBlock), shared, stream, arguments...);
   }
 
+  template <Activation kActivation, int kPack>
+  static cudaError_t forward_packs(const ScaleShiftTask& task, cudaStream_t stream) {
+    constexpr auto kRows = scale_shift_rows_kernel<Stored, Real, kPack, kActivation, kScaleShiftBlock>;
+    constexpr auto kPlanes = scale_shift_planes_kernel<Stored, Real, kPack, kActivation, kScaleShiftBlock>;
+    return launch<kScaleShiftBlock>(task.layout.inner == 1 ? kRows : kPlanes, blocks_of(task.layout, kPack),
+                                    0, stream, task);
+  }
+
   template <Activation kActivation>
   static cudaError_t forward_of(const ScaleShiftTask& task, cudaStream_t stream) {
-    return launch<kScaleShiftBlock>(
-        task.layout.inner == 1 ? scale_shift_rows_kernel<Stored, Real, kActivation, kScaleShiftBlock>
-                               : scale_shift_planes_kernel<Stored, Real, kActivation, kScaleShiftBlock>,
-        blocks_of(task.layout), 0, stream, task);
+    if constexpr (kHasPacks) {
+      if (has_whole_packs(task)) return forward_packs<kActivation, kPackSize<Stored>>(task, stream);
+    }
+    return forward_packs<kActivation, 1>(task, stream);
   }
 
   static cudaError_t forward(const ScaleShiftTask& task, Activation activation, cudaStream_t stream) {
@@ -66,13 +86,22 @@ class ScaleShift {
     return forward_of<Activation::kNone>(task, stream);
   }
 
+  template <Activation kActivation, int kPack>
+  static cudaError_t backward_packs(const ScaleShiftTask& task, cudaStream_t stream) {
+    constexpr auto kRows =
+        scale_shift_backward_rows_kernel<Stored, Real, kPack, kActivation, kScaleShiftBlock>;
+    constexpr auto kPlanes =
+        scale_shift_backward_planes_kernel<Stored, Real, kPack, kActivation, kScaleShiftBlock>;
+    return launch<kScaleShiftBlock>(task.layout.inner == 1 ? kRows : kPlanes, blocks_of(task.layout, kPack),
+                                    0, stream, task);
+  }
+
   template <Activation kActivation>
   static cudaError_t backward_of(const ScaleShiftTask& task, cudaStream_t stream) {
-    return launch<kScaleShiftBlock>(
-        task.layout.inner == 1
-            ? scale_shift_backward_rows_kernel<Stored, Real, kActivation, kScaleShiftBlock>
-            : scale_shift_backward_planes_kernel<Stored, Real, kActivation, kScaleShiftBlock>,
-        blocks_of(task.layout), 0, stream, task);
+    if constexpr (kHasPacks) {
+      if (has_whole_packs(task)) return backward_packs<kActivation, kPackSize<Stored>>(task, stream);
+    }
+    return backward_packs<kActivation, 1>(task, stream);
   }
 
   static cudaError_t backward(const ScaleShiftTask& task, Activation activation, cudaStream_t stream) {

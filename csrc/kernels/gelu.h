@@ -1,6 +1,6 @@
 // GELU and its derivative, of the same few operations on every machine: no libm.
 //
-// Both forms take one exponential and one division. Exact GELU is z·Phi(z) with Phi(-a) =
+// Both forms take one exponential and one quotient. Exact GELU is z·Phi(z) with Phi(-a) =
 // exp(-a²/2)·R(a); R falls smoothly from 1/2, and is a polynomial in (a - k)/(a + k), fitted here to
 // mpmath's erfc with relative errors weighted alike (1e-9 in float32, 1e-17 in float64). Evaluated in
 // float32 it adds up to 5 units in the last place. The square's rounding error is put back into the
@@ -16,6 +16,7 @@ struct GeluConstants;
 template <>
 struct GeluConstants<float> {
   static constexpr int kExpDegree = 7;
+  static constexpr int kNewtonSteps = 3;
   static constexpr float kRoundingShift = 12582912.0f;  // 1.5·2^23: adding it rounds to an integer
   static constexpr float kLog2E = 1.44269504f;
   static constexpr float kLn2High = 0.693145752f;
@@ -29,6 +30,7 @@ struct GeluConstants<float> {
 template <>
 struct GeluConstants<double> {
   static constexpr int kExpDegree = 13;
+  static constexpr int kNewtonSteps = 5;
   static constexpr double kRoundingShift = 6755399441055744.0;  // 1.5·2^52
   static constexpr double kLog2E = 1.4426950408889634;
   static constexpr double kLn2High = 0.69314718036912382;
@@ -60,10 +62,7 @@ PARTUNE_FN double tail_coefficient(int power, double) {
   return kCoefficients[power];
 }
 
-// 2^n from n + kRoundingShift, whose lowest bits count n.
-PARTUNE_FN float power_of_two(float shifted) { return float_from_bits((float_bits(shifted) + 127u) << 23); }
-PARTUNE_FN double power_of_two(double shifted) {
-  const uint64_t bits = (double_bits(shifted) + 1023u) << 52;
+PARTUNE_FN double double_from_bits(uint64_t bits) {
 #ifdef __CUDACC__
   return __longlong_as_double(static_cast<long long>(bits));
 #else
@@ -71,6 +70,29 @@ PARTUNE_FN double power_of_two(double shifted) {
   __builtin_memcpy(&x, &bits, sizeof x);
   return x;
 #endif
+}
+
+// 2^n from n + kRoundingShift, whose lowest bits count n.
+PARTUNE_FN float power_of_two(float shifted) { return float_from_bits((float_bits(shifted) + 127u) << 23); }
+PARTUNE_FN double power_of_two(double shifted) {
+  return double_from_bits((double_bits(shifted) + 1023u) << 52);
+}
+
+// 1/d for a normal d > 0, within an eighth: subtracting bits negates the exponent.
+PARTUNE_FN float near_reciprocal(float d) { return float_from_bits(0x7ef311c7u - float_bits(d)); }
+PARTUNE_FN double near_reciprocal(double d) { return double_from_bits(0x7fde623822fc16e6u - double_bits(d)); }
+
+// numerator/d for a d in [1, 100], to the last place. Without a division: CUDA's has a branch for other
+// numbers, and eight of them in a row ran out of barriers.
+template <typename Real>
+PARTUNE_FN Real quotient(Real numerator, Real d) {
+  Real reciprocal = near_reciprocal(d);
+  PARTUNE_UNROLL
+  for (int i = 0; i < GeluConstants<Real>::kNewtonSteps; ++i) {
+    reciprocal = multiply_add(reciprocal, multiply_add(-reciprocal, d, Real(1)), reciprocal);
+  }
+  const Real near = multiply(numerator, reciprocal);
+  return multiply_add(multiply_add(-near, d, numerator), reciprocal, near);
 }
 
 // exp(x) for -kLargestExponent <= x <= 0: by a Taylor series within ln(2)/2 of 0.
@@ -102,7 +124,7 @@ PARTUNE_FN ValueAndSlope<Real> gelu(Real z) {
   Real density = exp_of_negative(multiply(Real(-0.5), square));
   density = multiply_add(density, multiply(Real(-0.5), error), density);
   density = size > C::kTailLimit ? Real(0) : density;
-  const Real t = divide(a - C::kTailCentre, a + C::kTailCentre);
+  const Real t = quotient(a - C::kTailCentre, a + C::kTailCentre);
   Real ratio = tail_coefficient(C::kTailDegree, Real());
   PARTUNE_UNROLL
   for (int power = C::kTailDegree - 1; power >= 0; --power) {
@@ -125,7 +147,7 @@ PARTUNE_FN ValueAndSlope<Real> gelu_tanh(Real z) {
   const bool beyond = size > C::kLargestExponent;
   const Real e =
       beyond ? Real(0) : exp_of_negative(size < C::kLargestExponent ? -size : -C::kLargestExponent);
-  const Real upper = divide(Real(1), Real(1) + e);
+  const Real upper = quotient(Real(1), Real(1) + e);
   const Real lower = multiply(e, upper);
   const Real logistic = v < Real(0) ? lower : upper;
   const Real slope = multiply(root, multiply_add(cubic3, square, Real(1)));

@@ -1,5 +1,5 @@
-// Family scale_shift on CUDA. A thread takes 16 bytes of neighbours at a time. With channels last a warp
-// has 32 such packs side by side and a block goes down the rows, its vectors in registers; with channels
+// Family scale_shift on CUDA. A thread takes 16 bytes of neighbours at a time, or one. With channels last a
+// warp has 32 such packs side by side and a block goes down the rows, its vectors in registers; with channels
 // first a warp has neighbours of one channel. Backward, each block leaves two sums per channel, which
 // a second kernel adds up in their order.
 //
@@ -17,32 +17,25 @@ constexpr int kPlaneSegment = 4096;
 template <typename T>
 constexpr int kPackSize = 16 / int(sizeof(T));
 
-// 16 bytes of neighbours.
-template <typename T>
-struct alignas(16) WidePack {
-  T at[kPackSize<T>];
+// Neighbours in memory, read and written in one access: 16 bytes, or one element.
+template <typename T, int kPack>
+struct alignas(kPack * sizeof(T)) Neighbours {
+  T at[kPack];
 };
 
-template <typename T>
-PARTUNE_FN WidePack<T> load_wide(const T* from, int64_t count, bool aligned) {
-  WidePack<T> pack = {};
-  if (aligned && count >= kPackSize<T>) return *reinterpret_cast<const WidePack<T>*>(from);
-  PARTUNE_UNROLL
-  for (int i = 0; i < kPackSize<T>; ++i) {
-    if (i < count) pack.at[i] = from[i];
-  }
-  return pack;
+template <int kPack, typename T>
+PARTUNE_FN Neighbours<T, kPack> load_neighbours(const T* from) {
+  return *reinterpret_cast<const Neighbours<T, kPack>*>(from);
 }
 
-template <typename T>
-PARTUNE_FN void store_wide(const WidePack<T>& pack, T* to, int64_t count, bool aligned) {
-  if (aligned && count >= kPackSize<T>) {
-    *reinterpret_cast<WidePack<T>*>(to) = pack;
-    return;
-  }
-  PARTUNE_UNROLL
-  for (int i = 0; i < kPackSize<T>; ++i) {
-    if (i < count) to[i] = pack.at[i];
+template <typename T, int kPack>
+PARTUNE_FN void store_neighbours(const Neighbours<T, kPack>& pack, T* to) {
+  if constexpr (kPack == kPackSize<T>) {
+    uint4 words;
+    __builtin_memcpy(&words, &pack, sizeof words);
+    __stcg(reinterpret_cast<uint4*>(to), words);  // the compiler stores an assigned struct in parts
+  } else {
+    *reinterpret_cast<Neighbours<T, kPack>*>(to) = pack;
   }
 }
 
@@ -60,148 +53,158 @@ PARTUNE_FN Real read_channel(const ChannelVector& vector, int64_t channel, Real 
   return widen(static_cast<const Stored*>(vector.data)[channel]);
 }
 
-// Real numbers of a pack's channels.
-template <typename Stored, typename Real>
+// Real numbers of kPack neighbours' channels.
+template <int kPack, typename Stored, typename Real>
 struct PackVectors {
-  Real addend[kPackSize<Stored>], scale[kPackSize<Stored>], shift[kPackSize<Stored>];
+  Real addend[kPack], scale[kPack], shift[kPack];
 
-  // Channels [channel, channel + count), or one channel for the whole pack.
-  PARTUNE_MEMBER void read(const ScaleShiftTask& task, int64_t channel, int64_t count, bool one) {
+  // Channels [channel, channel + kPack).
+  PARTUNE_MEMBER void read(const ScaleShiftTask& task, int64_t channel) {
     PARTUNE_UNROLL
-    for (int i = 0; i < kPackSize<Stored>; ++i) {
-      const int64_t at = one ? channel : channel + i;
-      const bool valid = one || i < count;
-      scale[i] = valid ? read_channel<Stored>(task.scale, at, Real(1)) : Real(1);
-      shift[i] = valid ? read_channel<Stored>(task.shift, at, Real(0)) : Real(0);
-      const Real bias = valid ? read_channel<Stored>(task.bias, at, Real(0)) : Real(0);
-      addend[i] = task.from_output ? -shift[i] : bias;
+    for (int i = 0; i < kPack; ++i) read_one(task, channel + i, i);
+  }
+
+  // One channel, for the whole pack.
+  PARTUNE_MEMBER void repeat(const ScaleShiftTask& task, int64_t channel) {
+    read_one(task, channel, 0);
+    PARTUNE_UNROLL
+    for (int i = 1; i < kPack; ++i) {
+      addend[i] = addend[0];
+      scale[i] = scale[0];
+      shift[i] = shift[0];
     }
+  }
+
+ private:
+  PARTUNE_MEMBER void read_one(const ScaleShiftTask& task, int64_t channel, int i) {
+    scale[i] = read_channel<Stored>(task.scale, channel, Real(1));
+    shift[i] = read_channel<Stored>(task.shift, channel, Real(0));
+    addend[i] = task.from_output ? -shift[i] : read_channel<Stored>(task.bias, channel, Real(0));
   }
 };
 
 // A pack at a position in memory, forward.
-template <Activation kActivation, typename Stored, typename Real>
-PARTUNE_FN void forward_pack(const ScaleShiftTask& task, const PackVectors<Stored, Real>& vectors,
-                             int64_t position, int64_t count) {
-  const Stored* input = static_cast<const Stored*>(task.input) + position;
-  Stored* output = static_cast<Stored*>(task.output) + position;
-  WidePack<Stored> pack = load_wide(input, count, is_wide_aligned(input));
+template <Activation kActivation, int kPack, typename Stored, typename Real>
+PARTUNE_FN void forward_pack(const ScaleShiftTask& task, const PackVectors<kPack, Stored, Real>& vectors,
+                             int64_t position) {
+  Neighbours<Stored, kPack> pack = load_neighbours<kPack>(static_cast<const Stored*>(task.input) + position);
   PARTUNE_UNROLL
-  for (int i = 0; i < kPackSize<Stored>; ++i) {
+  for (int i = 0; i < kPack; ++i) {
     const Real y = scale_shift_element<kActivation>(widen(pack.at[i]), vectors.addend[i], vectors.scale[i],
                                                     vectors.shift[i]);
     round_nearest(y, pack.at[i]);
   }
-  store_wide(pack, output, count, is_wide_aligned(output));
+  store_neighbours(pack, static_cast<Stored*>(task.output) + position);
 }
 
 // The same backward, its parts of the sums added to `along` and `plain`.
-template <Activation kActivation, typename Stored, typename Real>
-PARTUNE_FN void backward_pack(const ScaleShiftTask& task, const PackVectors<Stored, Real>& vectors,
-                              int64_t position, int64_t count, Real (&along)[kPackSize<Stored>],
-                              Real (&plain)[kPackSize<Stored>]) {
-  const Stored* grad = static_cast<const Stored*>(task.input) + position;
-  WidePack<Stored> pack = load_wide(grad, count, is_wide_aligned(grad));
-  WidePack<Stored> saved = {};
-  if (task.saved) {
-    const Stored* known = static_cast<const Stored*>(task.saved) + position;
-    saved = load_wide(known, count, is_wide_aligned(known));
-  }
+template <Activation kActivation, int kPack, typename Stored, typename Real>
+PARTUNE_FN void backward_pack(const ScaleShiftTask& task, const PackVectors<kPack, Stored, Real>& vectors,
+                              int64_t position, Real (&along)[kPack], Real (&plain)[kPack]) {
+  Neighbours<Stored, kPack> pack = load_neighbours<kPack>(static_cast<const Stored*>(task.input) + position);
+  Neighbours<Stored, kPack> saved = {};
+  if (kActivation != Activation::kNone || task.saved)
+    saved = load_neighbours<kPack>(static_cast<const Stored*>(task.saved) + position);
   PARTUNE_UNROLL
-  for (int i = 0; i < kPackSize<Stored>; ++i) {
+  for (int i = 0; i < kPack; ++i) {
     const InnerGrad<Real> inner = inner_grad<kActivation>(
         widen(pack.at[i]), widen(saved.at[i]), vectors.addend[i], vectors.scale[i], vectors.shift[i]);
     along[i] = multiply_add(inner.grad, inner.factor, along[i]);
     plain[i] += inner.grad;
     round_nearest(multiply(inner.grad, vectors.scale[i]), pack.at[i]);
   }
-  if (task.output) {
-    Stored* output = static_cast<Stored*>(task.output) + position;
-    store_wide(pack, output, count, is_wide_aligned(output));
-  }
+  if (task.output) store_neighbours(pack, static_cast<Stored*>(task.output) + position);
 }
 
 // Which rows and columns of [rows, channels] a thread has: a pack of each kLanes-th row of a tile.
-template <typename Stored, int kBlock>
+template <int kPack, int kBlock>
 struct RowTile {
   static constexpr int kLanes = kBlock / 32;
-  static constexpr int kColumns = 32 * kPackSize<Stored>;
-  int64_t tile, first_row, end_row, column, count;
+  static constexpr int kColumns = 32 * kPack;
+  int64_t tile, first_column, column;
+  int64_t position, end, step;  // of the packs in memory; none where the column is out of range
 
   PARTUNE_MEMBER explicit RowTile(const ChannelLayout& layout) {
-    const int64_t tiles = (layout.channels + kColumns - 1) / kColumns;
-    tile = int64_t(blockIdx.x) / tiles;
-    first_row = tile * kSumTileRows + threadIdx.x / 32;
-    end_row = (tile + 1) * kSumTileRows < layout.outer ? (tile + 1) * kSumTileRows : layout.outer;
-    column = int64_t(blockIdx.x) % tiles * kColumns + int64_t(threadIdx.x % 32) * kPackSize<Stored>;
-    count = layout.channels - column;
+    // No more tiles than blocks, which 32 bits count.
+    const unsigned tiles = unsigned((layout.channels + kColumns - 1) / kColumns);
+    tile = blockIdx.x / tiles;
+    first_column = int64_t(blockIdx.x % tiles) * kColumns;
+    column = first_column + int64_t(threadIdx.x % 32) * kPack;
+    const int64_t end_row = (tile + 1) * kSumTileRows;
+    position = (tile * kSumTileRows + threadIdx.x / 32) * layout.channels + column;
+    end = column < layout.channels ? (end_row < layout.outer ? end_row : layout.outer) * layout.channels : 0;
+    step = kLanes * layout.channels;
   }
 };
 
-// Which neighbours of one channel a warp has.
-template <int kBlock>
+// Which neighbours of one channel a thread has: a pack of each 32 of its warp's segment.
+template <int kPack, int kBlock>
 struct PlaneSegment {
-  int64_t sum_row, channel, begin, count;
+  int64_t sum_row, channel;
+  int64_t position, end;  // of the packs in memory
+  bool exists;
 
   PARTUNE_MEMBER explicit PlaneSegment(const ChannelLayout& layout) {
     const int64_t segments = (layout.inner + kPlaneSegment - 1) / kPlaneSegment;
     const int64_t unit = int64_t(blockIdx.x) * (kBlock / 32) + threadIdx.x / 32;
     sum_row = unit / layout.channels;
     channel = unit % layout.channels;
-    const int64_t start = sum_row % segments * kPlaneSegment;
-    const int64_t outer = sum_row / segments;
-    const int64_t left = layout.inner - start;
-    count = outer < layout.outer ? (left < kPlaneSegment ? left : kPlaneSegment) : 0;
-    begin = (outer * layout.channels + channel) * layout.inner + start;
+    const int64_t start = sum_row % segments * kPlaneSegment, outer = sum_row / segments;
+    const int64_t stop = start + kPlaneSegment < layout.inner ? start + kPlaneSegment : layout.inner;
+    const int64_t line = (outer * layout.channels + channel) * layout.inner;
+    exists = outer < layout.outer;
+    position = line + start + int64_t(threadIdx.x % 32) * kPack;
+    end = exists ? line + stop : 0;
   }
 };
 
 // ---- forward ----
 
-// SASS <float>: LDG.E.128, STG.E.128
-// SASS <BFloat16>: LDG.E.128, STG.E.128
-template <typename Stored, typename Real, Activation kActivation, int kBlock>
+// Packs are of kPackSize neighbours where lines and addresses let all of them be whole, else of one.
+// SASS <float, float, 4>: LDG.E.128, STG.E.128
+// SASS <BFloat16, float, 8>: LDG.E.128, STG.E.128
+template <typename Stored, typename Real, int kPack, Activation kActivation, int kBlock>
 __global__ void __launch_bounds__(kBlock) scale_shift_rows_kernel(const ScaleShiftTask task) {
-  const RowTile<Stored, kBlock> tile(task.layout);
-  if (tile.count > 0) {
-    PackVectors<Stored, Real> vectors;
-    vectors.read(task, tile.column, tile.count, false);
-    for (int64_t row = tile.first_row; row < tile.end_row; row += tile.kLanes) {
-      forward_pack<kActivation>(task, vectors, row * task.layout.channels + tile.column, tile.count);
+  const RowTile<kPack, kBlock> tile(task.layout);
+  if (tile.position < tile.end) {
+    PackVectors<kPack, Stored, Real> vectors;
+    vectors.read(task, tile.column);
+    for (int64_t position = tile.position; position < tile.end; position += tile.step) {
+      forward_pack<kActivation>(task, vectors, position);
     }
   }
 }
 
-// SASS <float>: LDG.E.128, STG.E.128
-// SASS <BFloat16>: LDG.E.128, STG.E.128
-template <typename Stored, typename Real, Activation kActivation, int kBlock>
+// SASS <float, float, 4>: LDG.E.128, STG.E.128
+// SASS <BFloat16, float, 8>: LDG.E.128, STG.E.128
+template <typename Stored, typename Real, int kPack, Activation kActivation, int kBlock>
 __global__ void __launch_bounds__(kBlock) scale_shift_planes_kernel(const ScaleShiftTask task) {
-  const PlaneSegment<kBlock> segment(task.layout);
-  if (segment.count > 0) {
-    PackVectors<Stored, Real> vectors;
-    vectors.read(task, segment.channel, 1, true);
-    for (int64_t i = threadIdx.x % 32 * kPackSize<Stored>; i < segment.count; i += 32 * kPackSize<Stored>) {
-      forward_pack<kActivation>(task, vectors, segment.begin + i, segment.count - i);
+  const PlaneSegment<kPack, kBlock> segment(task.layout);
+  if (segment.position < segment.end) {
+    PackVectors<kPack, Stored, Real> vectors;
+    vectors.repeat(task, segment.channel);
+    for (int64_t position = segment.position; position < segment.end; position += 32 * kPack) {
+      forward_pack<kActivation>(task, vectors, position);
     }
   }
 }
 
 // ---- backward ----
 
-// SASS <float>: LDG.E.128 x2, STG.E.128
-// SASS <BFloat16>: LDG.E.128 x2, STG.E.128
-template <typename Stored, typename Real, Activation kActivation, int kBlock>
+// SASS <float, float, 4>: LDG.E.128 x2, STG.E.128
+// SASS <BFloat16, float, 8>: LDG.E.128 x2, STG.E.128
+template <typename Stored, typename Real, int kPack, Activation kActivation, int kBlock>
 __global__ void __launch_bounds__(kBlock) scale_shift_backward_rows_kernel(const ScaleShiftTask task) {
-  constexpr int kPack = kPackSize<Stored>, kLanes = kBlock / 32;
+  constexpr int kLanes = kBlock / 32;
   SHARED(Real, sums, [kLanes][2][32 * kPack]);
-  const RowTile<Stored, kBlock> tile(task.layout);
+  const RowTile<kPack, kBlock> tile(task.layout);
   Real along[kPack] = {}, plain[kPack] = {};
-  if (tile.count > 0) {
-    PackVectors<Stored, Real> vectors;
-    vectors.read(task, tile.column, tile.count, false);
-    for (int64_t row = tile.first_row; row < tile.end_row; row += kLanes) {
-      backward_pack<kActivation>(task, vectors, row * task.layout.channels + tile.column, tile.count, along,
-                                 plain);
+  if (tile.position < tile.end) {
+    PackVectors<kPack, Stored, Real> vectors;
+    vectors.read(task, tile.column);
+#pragma unroll 1
+    for (int64_t position = tile.position; position < tile.end; position += tile.step) {
+      backward_pack<kActivation>(task, vectors, position, along, plain);
     }
   }
   PARTUNE_UNROLL
@@ -211,32 +214,30 @@ __global__ void __launch_bounds__(kBlock) scale_shift_backward_rows_kernel(const
   }
   __syncthreads();
   if (task.partial) {
-    const int64_t first = tile.column - int64_t(threadIdx.x % 32) * kPack;
+    const int64_t channels = task.layout.channels;
+    Real* partial = static_cast<Real*>(task.partial) + tile.tile * 2 * channels + tile.first_column;
     for (int i = int(threadIdx.x); i < 2 * 32 * kPack; i += kBlock) {
       const int which = i / (32 * kPack), column = i % (32 * kPack);
       Real sum = sums[0][which][column];
       PARTUNE_UNROLL
       for (int lane = 1; lane < kLanes; ++lane) sum += sums[lane][which][column];
-      if (first + column < task.layout.channels) {
-        static_cast<Real*>(task.partial)[(tile.tile * 2 + which) * task.layout.channels + first + column] =
-            sum;
-      }
+      if (tile.first_column + column < channels) partial[which * channels + column] = sum;
     }
   }
 }
 
-// SASS <float>: LDG.E.128 x2, STG.E.128
-// SASS <BFloat16>: LDG.E.128 x2, STG.E.128
-template <typename Stored, typename Real, Activation kActivation, int kBlock>
+// SASS <float, float, 4>: LDG.E.128 x2, STG.E.128
+// SASS <BFloat16, float, 8>: LDG.E.128 x2, STG.E.128
+template <typename Stored, typename Real, int kPack, Activation kActivation, int kBlock>
 __global__ void __launch_bounds__(kBlock) scale_shift_backward_planes_kernel(const ScaleShiftTask task) {
-  constexpr int kPack = kPackSize<Stored>;
-  const PlaneSegment<kBlock> segment(task.layout);
+  const PlaneSegment<kPack, kBlock> segment(task.layout);
   Real along[kPack] = {}, plain[kPack] = {};
-  if (segment.count > 0) {
-    PackVectors<Stored, Real> vectors;
-    vectors.read(task, segment.channel, 1, true);
-    for (int64_t i = threadIdx.x % 32 * kPack; i < segment.count; i += 32 * kPack) {
-      backward_pack<kActivation>(task, vectors, segment.begin + i, segment.count - i, along, plain);
+  if (segment.position < segment.end) {
+    PackVectors<kPack, Stored, Real> vectors;
+    vectors.repeat(task, segment.channel);
+#pragma unroll 1
+    for (int64_t position = segment.position; position < segment.end; position += 32 * kPack) {
+      backward_pack<kActivation>(task, vectors, position, along, plain);
     }
   }
   PARTUNE_UNROLL
@@ -249,7 +250,7 @@ __global__ void __launch_bounds__(kBlock) scale_shift_backward_planes_kernel(con
     along[0] += __shfl_xor_sync(0xffffffffu, along[0], step);
     plain[0] += __shfl_xor_sync(0xffffffffu, plain[0], step);
   }
-  if (task.partial && segment.count > 0 && threadIdx.x % 32 == 0) {
+  if (task.partial && segment.exists && threadIdx.x % 32 == 0) {
     Real* partial = static_cast<Real*>(task.partial) + segment.sum_row * 2 * task.layout.channels;
     partial[segment.channel] = along[0];
     partial[task.layout.channels + segment.channel] = plain[0];

@@ -60,9 +60,56 @@ def cases(device: str, size: int) -> dict[str, Callable[[], object]]:
         name = str(dtype).removeprefix("torch.")
         found[f"sparse_adamw_ {name}"] = sparse_step
         found[f"peer: torch's AdamW {name}"] = torch.optim.AdamW([parameter], fused=True).step
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        found |= scale_shift_cases(draw, size, str(dtype).removeprefix("torch."), dtype)
     target = torch.empty_like(scores)
     found["peer: copy float32"] = lambda: target.copy_(scores)
     return found
+
+
+def scale_shift_cases(
+    draw: Callable[..., torch.Tensor], size: int, name: str, dtype: torch.dtype
+) -> dict[str, Callable[[], object]]:
+    """Sites of family scale_shift, each forward and backward, and plain torch's."""
+    planes = draw(2, 5, size, size // 4 + 1, dtype=dtype)
+    x, grad = draw(size, size, dtype=dtype), draw(size, size, dtype=dtype)
+    scale, shift, weight, bias = (draw(size, dtype=dtype) for _ in range(4))
+    pair = scale.abs() + 1, shift
+
+    def plain() -> None:
+        y = ops.scale_shift(x, *pair)
+        ops.scale_shift_backward(grad, y, *pair, from_output=True)
+
+    def channels_first() -> None:
+        ops.scale_shift_(planes, scale[:5], channel_dim=1)
+        ops.scale_shift_backward(planes, planes, scale[:5], channel_dim=1)
+
+    def gelu(activation: str) -> None:
+        ops.scale_shift(x, *pair, bias=bias, activation=activation)
+        ops.scale_shift_backward(grad, x, *pair, bias, activation=activation)
+
+    def layer_norm() -> None:
+        _, mean, rstd = torch.ops.partune.layer_norm_scale_shift(x, weight, bias, *pair, eps=1e-6)
+        ops.layer_norm_scale_shift_backward(grad, x, mean, rstd, weight, bias, scale)
+
+    def rms_norm() -> None:
+        _, rstd = torch.ops.partune.rms_norm_scale_shift(x, weight, *pair, eps=1e-6)
+        ops.rms_norm_scale_shift_backward(grad, x, rstd, weight, scale)
+
+    leaves = [value.clone().requires_grad_() for value in (x, *pair)]
+
+    def peer() -> None:
+        torch.autograd.grad(leaves[0] * leaves[1] + leaves[2], leaves, grad)
+
+    return {
+        f"scale_shift {name}": plain,
+        f"scale_shift channels first {name}": channels_first,
+        f"scale_shift gelu {name}": lambda: gelu("gelu"),
+        f"scale_shift gelu_tanh {name}": lambda: gelu("gelu_tanh"),
+        f"layer_norm_scale_shift {name}": layer_norm,
+        f"rms_norm_scale_shift {name}": rms_norm,
+        f"peer: torch's scale and shift {name}": peer,
+    }
 
 
 def milliseconds(function: Callable[[], object], device: str, runs: int) -> float:

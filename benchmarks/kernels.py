@@ -122,6 +122,42 @@ def random_scores(size: int) -> int:
     return ENTRIES * size
 
 
+def cuda_constant(file: str, name: str) -> int:
+    text = (ROOT / "csrc" / file).read_text()
+    return int(re.search(rf"constexpr int {name} = (\d+);", text)[1])
+
+
+# Partial sums: two float32 numbers per channel of a tile of rows, written and read.
+TILE_SUMS = 2 * 2 * 4 * ENTRIES // cuda_constant("kernels/scale_shift.cuh", "kSumTileRows")
+NORM_SUMS = 2 * 2 * 4 * ENTRIES // 8  # of a norm's block of 8 rows
+
+
+def scale_shift(size: int) -> int:
+    return 2 * ENTRIES * size
+
+
+def scale_shift_backward(size: int) -> int:
+    """Gradient and input or output read, the input's gradient written."""
+    return 3 * ENTRIES * size + TILE_SUMS
+
+
+def layer_norm_scale_shift(size: int) -> int:
+    """Mean and rstd written; backward, read."""
+    return 2 * ENTRIES * size + 2 * 4 * N
+
+
+def layer_norm_scale_shift_backward(size: int) -> int:
+    return 3 * ENTRIES * size + NORM_SUMS + 2 * 4 * N
+
+
+def rms_norm_scale_shift(size: int) -> int:
+    return 2 * ENTRIES * size + 4 * N
+
+
+def rms_norm_scale_shift_backward(size: int) -> int:
+    return 3 * ENTRIES * size + NORM_SUMS + 4 * N
+
+
 # By op: bytes of weights, scores or values of 4 or 2 bytes; whether there is a bfloat16 form.
 BYTES: dict[str, tuple[Callable[[int], int], bool]] = {
     "sparse_adamw_": (sparse_adamw, True),
@@ -131,6 +167,13 @@ BYTES: dict[str, tuple[Callable[[int], int], bool]] = {
     "threshold_csr": (threshold, True),
     "topk_csr_factors": (topk_factors, False),
     "random_scores": (random_scores, False),
+    "scale_shift": (scale_shift, True),
+    "scale_shift_": (scale_shift, True),
+    "scale_shift_backward": (scale_shift_backward, True),
+    "layer_norm_scale_shift": (layer_norm_scale_shift, True),
+    "layer_norm_scale_shift_backward": (layer_norm_scale_shift_backward, True),
+    "rms_norm_scale_shift": (rms_norm_scale_shift, True),
+    "rms_norm_scale_shift_backward": (rms_norm_scale_shift_backward, True),
 }
 
 
@@ -161,8 +204,9 @@ BYTES_HEAD = """
 A matrix of {n} by {n}, {density:.0%} of it selected, uniformly: the worst case, where {float32:.0%}
 of all 32-byte sectors of float32 hold a selected entry and {bfloat16:.0%} of bfloat16's. A
 scattered access counts its whole sector. Moments are float32 in a step and have the named dtype in
-`remap_`; factors have rank {rank}. Megabytes are 10^6 bytes; times are microseconds at the memory
-bandwidth of {bandwidths}, and count nothing else.
+`remap_`; factors have rank {rank}; family `scale_shift` takes all of the matrix. Megabytes are 10^6
+bytes; times are microseconds at the memory bandwidth of {bandwidths}, and count
+nothing else.
 
 """
 FACTORS_NOTE = """

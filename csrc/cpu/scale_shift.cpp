@@ -39,7 +39,7 @@ Tensor scale_shift(Tensor input, Tensor scale, OptionalTensor shift, OptionalTen
   const char* op = "scale_shift";
   const ChannelLayout layout = layout_of(op, "input", input, channel_dim);
   const Activation chosen = activation_of(op, activation);
-  Tensor output = torch::stable::empty_like(input);
+  Tensor output = empty_output(input);
   forward(op, input, output, scale, shift, bias, chosen, layout);
   return output;
 }
@@ -71,7 +71,7 @@ ThreeTensors run_backward(const ScaleShiftBodies<Real>& bodies, const ChannelLay
     for (int64_t i = 0; i < channels; ++i) negated[i] = -negated[i];
   }
   const BackwardUnits units = backward_units(layout);
-  Tensor grad_input = a.input_grad ? torch::stable::empty_like(a.grad) : empty_vector(a.grad, 0);
+  Tensor grad_input = a.input_grad ? empty_output(a.grad) : empty_vector(a.grad, 0);
   Tensor grad_scale = empty_vector(a.scale, a.scale_grad ? channels : 0);
   Tensor grad_shift = empty_vector(a.scale, a.scale_grad ? channels : 0);
   const std::unique_ptr<Real[]> partial(a.scale_grad ? new Real[size_t(units.sum_rows * 2 * channels)]
@@ -86,7 +86,7 @@ ThreeTensors run_backward(const ScaleShiftBodies<Real>& bodies, const ChannelLay
                                       partial.get(),
                                       a.activation,
                                       is_streamed(a.grad)};
-  const int64_t count = units.sum_rows * units.per_row;
+  const int64_t count = a.input_grad || a.scale_grad ? units.sum_rows * units.per_row : 0;
   const int64_t grain = count > 0 ? kScaleShiftGrain / (a.grad.numel() / count + 1) + 1 : 1;
   torch::stable::parallel_for(0, count, grain,
                               [&](int64_t begin, int64_t end) { bodies.backward(task, begin, end); });

@@ -54,7 +54,7 @@ Tensor forward(const char* op, const NormArguments& a, const OptionalTensor& mea
   check_scale(op, a.scale, a.shift, a.input, layout.channels);
   check_channels(op, "weight", a.weight, a.input, layout.channels);
   check_channels(op, "bias", a.bias, a.input, layout.channels);
-  Tensor output = torch::stable::empty_like(a.input);
+  Tensor output = empty_output(a.input);
   with_bodies(PARTUNE_CPU_TABLE(scale_shift_norm_cpu), a.input,
               [&](const auto& bodies) { run_forward(bodies, a, layout, output, mean, rstd); });
   return output;
@@ -94,7 +94,7 @@ ThreeTensors run_backward(const NormBodies<Real>& bodies, const ScaleShiftBodies
     Real* product = gain.own(channels);
     for (int64_t i = 0; i < channels; ++i) product[i] *= weight.data()[i];
   }
-  Tensor grad_input = a.input_grad ? torch::stable::empty_like(a.grad) : empty_vector(a.grad, 0);
+  Tensor grad_input = a.input_grad ? empty_output(a.grad) : empty_vector(a.grad, 0);
   Tensor grad_scale = empty_vector(a.scale, a.scale_grad ? channels : 0);
   Tensor grad_shift = empty_vector(a.scale, a.scale_grad ? channels : 0);
   const int64_t blocks = (rows + kSumRows - 1) / kSumRows;

@@ -3,6 +3,10 @@
 #pragma once
 #include <torch/csrc/stable/ops.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <vector>
 
 #include "../binding/scale_shift.h"
@@ -17,6 +21,20 @@ constexpr int64_t kStreamBytes = int64_t{16} << 20;
 
 inline bool is_streamed(const Tensor& like) {
   return like.numel() * int64_t(like.element_size()) > kStreamBytes;
+}
+
+// An uninitialised tensor like another. Where it is large the system is asked for huge pages: torch
+// takes such memory from it anew at each call, and at 4 KiB a page faults cost more than the kernel.
+inline Tensor empty_output(const Tensor& like) {
+  Tensor output = torch::stable::empty_like(like);
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = 4096, kHugePage = uintptr_t{2} << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(output.mutable_data_ptr());
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage;
+  const uintptr_t last = (begin + uintptr_t(like.numel()) * like.element_size()) / kPage * kPage;
+  if (last > first + 2 * kHugePage) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  return output;
 }
 
 // A vector in the computing type: itself, or a widened copy, or a constant where there is none.

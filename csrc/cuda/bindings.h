@@ -2,6 +2,7 @@
 #pragma once
 #include <torch/csrc/stable/library.h>
 
+#include "../binding/scale_shift.h"
 #include "../binding/select.h"
 #include "../binding/sparse_adamw.h"
 
@@ -20,6 +21,22 @@ Csr topk_csr_cuda(Tensor scores, int64_t k, bool largest);
 Csr threshold_csr_cuda(Tensor scores, double threshold, bool largest);
 Csr topk_csr_factors_cuda(Tensor left, Tensor right, int64_t k);
 Tensor random_scores_cuda(int64_t rows, int64_t columns, Tensor seed, Tensor step, int64_t parameter_id);
+Tensor scale_shift_cuda(Tensor input, Tensor scale, OptionalTensor shift, OptionalTensor bias,
+                        std::string activation, int64_t channel_dim);
+void scale_shift_cuda_(Tensor input, Tensor scale, OptionalTensor shift, OptionalTensor bias,
+                       int64_t channel_dim);
+ThreeTensors scale_shift_backward_cuda(Tensor grad, OptionalTensor saved, Tensor scale, OptionalTensor shift,
+                                       OptionalTensor bias, std::string activation, int64_t channel_dim,
+                                       bool from_output, bool input_grad, bool scale_grad);
+ThreeTensors layer_norm_scale_shift_cuda(Tensor input, OptionalTensor weight, OptionalTensor bias,
+                                         Tensor scale, OptionalTensor shift, double eps);
+ThreeTensors layer_norm_scale_shift_backward_cuda(Tensor grad, Tensor input, Tensor mean, Tensor rstd,
+                                                  OptionalTensor weight, OptionalTensor bias, Tensor scale,
+                                                  bool input_grad, bool scale_grad);
+TwoTensors rms_norm_scale_shift_cuda(Tensor input, OptionalTensor weight, Tensor scale, OptionalTensor shift,
+                                     double eps);
+ThreeTensors rms_norm_scale_shift_backward_cuda(Tensor grad, Tensor input, Tensor rstd, OptionalTensor weight,
+                                                Tensor scale, bool input_grad, bool scale_grad);
 
 // Adds every CUDA kernel to a library.
 inline void implement_cuda_ops(torch::stable::detail::StableLibrary& library) {
@@ -30,6 +47,13 @@ inline void implement_cuda_ops(torch::stable::detail::StableLibrary& library) {
   library.impl("threshold_csr", TORCH_BOX(&threshold_csr_cuda));
   library.impl("topk_csr_factors", TORCH_BOX(&topk_csr_factors_cuda));
   library.impl("random_scores", TORCH_BOX(&random_scores_cuda));
+  library.impl("scale_shift", TORCH_BOX(&scale_shift_cuda));
+  library.impl("scale_shift_", TORCH_BOX(&scale_shift_cuda_));
+  library.impl("scale_shift_backward", TORCH_BOX(&scale_shift_backward_cuda));
+  library.impl("layer_norm_scale_shift", TORCH_BOX(&layer_norm_scale_shift_cuda));
+  library.impl("layer_norm_scale_shift_backward", TORCH_BOX(&layer_norm_scale_shift_backward_cuda));
+  library.impl("rms_norm_scale_shift", TORCH_BOX(&rms_norm_scale_shift_cuda));
+  library.impl("rms_norm_scale_shift_backward", TORCH_BOX(&rms_norm_scale_shift_backward_cuda));
 }
 
 }  // namespace partune

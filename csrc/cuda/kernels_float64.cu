@@ -1,6 +1,7 @@
 // The float64 kernels, in a translation unit of their own: everywhere else a double is a mistake that
 // fails the build.
 #include "launchers.h"
+#include "scale_shift.cuh"
 #include "select.cuh"
 #include "sparse_adamw.cuh"
 
@@ -13,5 +14,7 @@ cudaError_t launch_sparse_adamw_float64(const SparseAdamWDeviceStep<double>& ste
 
 const SelectLaunchers select_float64 = Select<StoredScores<double, double>>::launchers();
 const SelectLaunchers select_factors_float64 = Select<FactorScores<double>>::launchers();
+
+const ScaleShiftLaunchers scale_shift_float64 = ScaleShift<double, double>::launchers();
 
 }  // namespace partune

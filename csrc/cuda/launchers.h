@@ -3,6 +3,7 @@
 #pragma once
 #include <cuda_runtime_api.h>
 
+#include "../kernels/scale_shift_tasks.h"
 #include "../kernels/sparse_adamw.h"
 
 namespace partune {
@@ -54,5 +55,22 @@ extern const SelectLaunchers select_factors_float64, select_factors_float32;
 // scores[i] is a uniform number of element i, for i < count.
 cudaError_t launch_random_scores(float* scores, int64_t count, const int64_t* seed, const int64_t* step,
                                  uint32_t parameter_id, cudaStream_t stream);
+
+// ---- family scale_shift ----
+
+// How many rows of partial sums a backward leaves.
+int64_t scale_shift_rows_of_sums(const ChannelLayout& layout);
+// How many rows a block of a norm's backward has, of which it leaves one row of partial sums.
+int64_t scale_shift_norm_block_rows(int64_t rows);
+
+struct ScaleShiftLaunchers {
+  cudaError_t (*forward)(const ScaleShiftTask& task, Activation activation, cudaStream_t stream);
+  cudaError_t (*backward)(const ScaleShiftTask& task, Activation activation, cudaStream_t stream);
+  cudaError_t (*sum_columns)(const ColumnSumsTask& task, cudaStream_t stream);
+  cudaError_t (*norm_forward)(const NormTask& task, double eps, cudaStream_t stream);
+  cudaError_t (*norm_backward)(const NormTask& task, cudaStream_t stream);
+};
+extern const ScaleShiftLaunchers scale_shift_float64, scale_shift_float32, scale_shift_bfloat16,
+    scale_shift_half;
 
 }  // namespace partune

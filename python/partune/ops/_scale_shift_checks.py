@@ -172,6 +172,21 @@ def _check_statistic(name: str, value: Tensor, input: Tensor) -> None:
     check.contiguous(name, value)
 
 
+def _check_norm_backward(
+    grad: Tensor,
+    input: Tensor,
+    statistics: dict[str, Tensor],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor,
+) -> None:
+    channels = _check_input("grad", grad, -1)
+    _check_like("input", input, "grad", grad)
+    _check_vectors(grad, channels, scale, None, weight, bias)
+    for name, value in statistics.items():
+        _check_statistic(name, value, grad)
+
+
 def check_layer_norm_scale_shift_backward(
     grad: Tensor,
     input: Tensor,
@@ -184,11 +199,7 @@ def check_layer_norm_scale_shift_backward(
     input_grad: bool = True,
     scale_grad: bool = True,
 ) -> None:
-    channels = _check_input("grad", grad, -1)
-    _check_like("input", input, "grad", grad)
-    _check_vectors(grad, channels, scale, None, weight, bias)
-    _check_statistic("mean", mean, grad)
-    _check_statistic("rstd", rstd, grad)
+    _check_norm_backward(grad, input, {"mean": mean, "rstd": rstd}, weight, bias, scale)
 
 
 def check_rms_norm_scale_shift_backward(
@@ -201,7 +212,4 @@ def check_rms_norm_scale_shift_backward(
     input_grad: bool = True,
     scale_grad: bool = True,
 ) -> None:
-    check_layer_norm_scale_shift_backward(
-        grad, input, rstd, rstd, weight, None, scale,
-        input_grad=input_grad, scale_grad=scale_grad,
-    )  # fmt: skip
+    _check_norm_backward(grad, input, {"rstd": rstd}, weight, None, scale)

@@ -78,12 +78,7 @@ def merge(model: nn.Module, batch: Any = None, *, name: str | None = None) -> Me
         if layer.children_name
     }
     _refuse_shared(model, merged)
-    created = [
-        f"{layer_name}.{parameter}"
-        for layer_name, parameters in merged.items()
-        for parameter in parameters
-        if getattr(model.get_submodule(layer_name), parameter) is None
-    ]
+    created = _created(model, merged)
     flags, zeros = expressed(model, created) if created else ((), [])
     before = None if batch is None else _outputs(model, batch)
     detach(model)
@@ -106,6 +101,16 @@ def _merged(model: nn.Module, name: str) -> dict[str, Tensor]:
         return layer.merged()
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+
+
+def _created(model: nn.Module, merged: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
+    """The parameters that the plain layers don't have yet."""
+    return [
+        f"{layer_name}.{parameter}"
+        for layer_name, parameters in merged.items()
+        for parameter in parameters
+        if getattr(model.get_submodule(layer_name), parameter) is None
+    ]
 
 
 def _refuse_shared(model: nn.Module, names: Iterable[str]) -> None:

@@ -10,7 +10,7 @@
 
 namespace partune {
 namespace PARTUNE_ISA {
-namespace {
+namespace {  // NOLINT(misc-anonymous-namespace-in-header): each ISA has its own
 
 constexpr int kTile = 1024;
 

@@ -84,7 +84,7 @@ class Training:
 @pytest.mark.parametrize("name", MODELS)
 def test_training_step(report, note, name: str) -> None:
     half, full = Training(name, True), Training(name, False)
-    comparison = Comparison({"ours": half, "full": full}, rounds=5)
+    comparison = Comparison({"ours": half, "full": full}, rounds=4)
     bound = half.matmul_work() / full.matmul_work()
     held = half.bytes_held / full.bytes_held
     whole = sum(full.median(part) for part in PARTS)

@@ -88,6 +88,7 @@ def test_options(ops: Any, device: torch.device, level: str, options: dict[str, 
     compare_with_float64(case, ops)
 
 
+@pytest.mark.parametrize("backend", ["cuda-emulated", GPU], indirect=True)
 @pytest.mark.parametrize("level", ["rows", "stored"])
 def test_more_matrices_than_one_launch_takes(ops: Any, device: torch.device, level: str) -> None:
     compare_with_float64(half_case(level, [(2, 3)] * 175, torch.float32, device=device), ops)

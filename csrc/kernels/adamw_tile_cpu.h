@@ -10,7 +10,7 @@
 
 namespace partune {
 namespace PARTUNE_ISA {
-namespace {
+namespace {  // NOLINT(misc-anonymous-namespace-in-header): each ISA has its own
 
 // Values to compute with: those stored, where there is nothing to widen.
 template <typename Stored, typename Real>

@@ -9,7 +9,7 @@
 
 namespace partune {
 namespace PARTUNE_ISA {
-namespace {
+namespace {  // NOLINT(misc-anonymous-namespace-in-header): each ISA has its own
 
 // What may be written beyond the last entry of compress()'s output, and read beyond expand()'s input.
 constexpr int kCompressSlack = 16;

@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kBlock, sizeof(Real) == 4 ? 3 : 2)
 PARTUNE_FN PhiloxBlock draw_mask(int64_t first, int64_t count, uint32_t mask_id, PhiloxKey key) {
   PhiloxBlock mask = philox(uint64_t(first / kCounterEntries), kMaskDraw, mask_id, key);
   PARTUNE_UNROLL
-  for (int i = 0; i < 4; ++i) mask.word[i] = first_bits(mask.word[i], count - first - 32 * i);
+  for (int i = 0; i < 4; ++i) mask.word[i] = first_bits(mask.word[i], count - first - 32 * int64_t(i));
   return mask;
 }
 
@@ -87,7 +87,7 @@ PARTUNE_FN PhiloxBlock read_mask(const uint32_t* words, int64_t first, int64_t c
   if (first < count) {
     const Pack4<uint32_t> pack = load_pack(words + first / 32, 4, is_aligned(words));
     PARTUNE_UNROLL
-    for (int i = 0; i < 4; ++i) mask.word[i] = first_bits(pack.at[i], count - first - 32 * i);
+    for (int i = 0; i < 4; ++i) mask.word[i] = first_bits(pack.at[i], count - first - 32 * int64_t(i));
   }
   return mask;
 }

@@ -216,9 +216,9 @@ BYTES_HEAD = """
 A matrix of {n} by {n}, {density:.0%} of it selected, uniformly: the worst case, where {float32:.0%}
 of all 32-byte sectors of float32 hold a selected entry and {bfloat16:.0%} of bfloat16's. A
 scattered access counts its whole sector. Moments are float32 in a step and have the named dtype in
-`remap_`; factors have rank {rank}; `half_adamw_` steps half of the elements, by a drawn mask; family
-`scale_shift` takes all of the matrix. Megabytes are 10^6 bytes; times are microseconds at the memory
-bandwidth of {bandwidths}, and count nothing else.
+`remap_`; factors have rank {rank}; `half_adamw_` steps half of the elements, by a drawn mask;
+family `scale_shift` takes all of the matrix. Megabytes are 10^6 bytes; times are microseconds at
+the memory bandwidth of {bandwidths}, and count nothing else.
 
 """
 FACTORS_NOTE = """

@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(kBlock) scale_shift_planes_kernel(const ScaleS
   if (segment.position < segment.end) {
     PackVectors<kPack, Stored, Real> vectors;
     vectors.repeat(task, segment.channel);
-    for (int64_t position = segment.position; position < segment.end; position += 32 * kPack) {
+    for (int64_t position = segment.position; position < segment.end; position += int64_t{32} * kPack) {
       forward_pack<kActivation>(task, vectors, position);
     }
   }
@@ -236,7 +236,7 @@ __global__ void __launch_bounds__(kBlock) scale_shift_backward_planes_kernel(con
     PackVectors<kPack, Stored, Real> vectors;
     vectors.repeat(task, segment.channel);
 #pragma unroll 1
-    for (int64_t position = segment.position; position < segment.end; position += 32 * kPack) {
+    for (int64_t position = segment.position; position < segment.end; position += int64_t{32} * kPack) {
       backward_pack<kActivation>(task, vectors, position, along, plain);
     }
   }

@@ -3,6 +3,10 @@
 #pragma once
 #include "vector.h"
 
+#if defined(__x86_64__)
+#include <emmintrin.h>
+#endif
+
 namespace partune {
 
 #if defined(__x86_64__)
@@ -13,14 +17,11 @@ PARTUNE_FN void store_around_caches(const char* from, char* to) {
   _mm256_stream_si256(reinterpret_cast<__m256i*>(to),
                       _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 #else
-  typedef long long Sixteen __attribute__((vector_size(16)));
-  Sixteen words;
-  __builtin_memcpy(&words, from, sizeof words);
-  __builtin_ia32_movntdq(reinterpret_cast<Sixteen*>(to), words);
+  _mm_stream_si128(reinterpret_cast<__m128i*>(to), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 #endif
 }
 // Orders streamed stores before what the thread does next.
-PARTUNE_FN void finish_stream() { __builtin_ia32_sfence(); }
+PARTUNE_FN void finish_stream() { _mm_sfence(); }
 #else
 PARTUNE_FN void store_around_caches(const char* from, char* to) { __builtin_memcpy(to, from, kVectorBytes); }
 PARTUNE_FN void finish_stream() {}

@@ -29,10 +29,11 @@ inline Tensor empty_output(const Tensor& like) {
   Tensor output = torch::stable::empty_like(like);
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = 4096, kHugePage = uintptr_t{2} << 20;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(output.mutable_data_ptr());
-  const uintptr_t first = (begin + kPage - 1) / kPage * kPage;
-  const uintptr_t last = (begin + uintptr_t(like.numel()) * like.element_size()) / kPage * kPage;
-  if (last > first + 2 * kHugePage) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  char* data = static_cast<char*>(output.mutable_data_ptr());
+  const uintptr_t bytes = uintptr_t(like.numel()) * like.element_size();
+  const uintptr_t before = -reinterpret_cast<uintptr_t>(data) & (kPage - 1);
+  const uintptr_t pages = bytes > before ? (bytes - before) / kPage : 0;
+  if (pages * kPage > 2 * kHugePage) madvise(data + before, pages * kPage, MADV_HUGEPAGE);
 #endif
   return output;
 }

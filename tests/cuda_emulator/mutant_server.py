@@ -217,5 +217,5 @@ def serve(arguments: list[str], mutants: list[Any], jobs: int, seconds: float) -
     ended = pytest.main([*options, *arguments], plugins=[server])
     if ended not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
         server.error = f"pytest ends with {ended}"
-    print(server.error, file=errors)
+    print(server.error, end="", file=errors, flush=True)
     return int(server.error != "")

@@ -54,8 +54,8 @@ def run_mode(
         yield Outcome(**json.loads(line))
         print(f"\r{mode}, {seconds:g} s each: {done} of {len(mutants)}", end="", flush=True)
     print()
-    if server.wait() != 0:
-        raise RuntimeError(f"{mode}: the tests fail without a mutant, or can't be run")
+    if (status := server.wait()) != 0:
+        raise RuntimeError(f"{mode}: the server of the tests ended with {status}")
 
 
 def table(mutants: list[Mutant], deaths: dict[int, Death], explained: dict[str, str]) -> str:

@@ -8,32 +8,11 @@ namespace partune {
 
 cudaError_t launch_sparse_adamw(SparseAdamWTypes types, const SparseAdamWDeviceStep<float>& step,
                                 const SparseAdamWMatrix* matrices, int count, cudaStream_t stream) {
-  switch (types) {
-    case kFloat32:
-      return launch_step<float, float, float>(step, matrices, count, stream);
-    case kFloat32StateBFloat16:
-      return launch_step<float, float, BFloat16>(step, matrices, count, stream);
-    case kBFloat16:
-      return launch_step<BFloat16, BFloat16, float>(step, matrices, count, stream);
-    case kBFloat16StateBFloat16:
-      return launch_step<BFloat16, BFloat16, BFloat16>(step, matrices, count, stream);
-    case kBFloat16GradFloat32:
-      return launch_step<BFloat16, float, float>(step, matrices, count, stream);
-    case kBFloat16GradFloat32StateBFloat16:
-      return launch_step<BFloat16, float, BFloat16>(step, matrices, count, stream);
-    case kHalf:
-      return launch_step<Half, Half, float>(step, matrices, count, stream);
-    case kHalfStateBFloat16:
-      return launch_step<Half, Half, BFloat16>(step, matrices, count, stream);
-    case kHalfGradFloat32:
-      return launch_step<Half, float, float>(step, matrices, count, stream);
-    case kHalfGradFloat32StateBFloat16:
-      return launch_step<Half, float, BFloat16>(step, matrices, count, stream);
-    case kFloat64:
-    case kSparseAdamWTypesCount:
-      break;
-  }
-  return cudaErrorNotSupported;
+  return with_step_types(types, [&](auto chosen) {
+    using Types = decltype(chosen);
+    return launch_step<typename Types::Weight, typename Types::Grad, typename Types::State>(step, matrices,
+                                                                                            count, stream);
+  });
 }
 
 cudaError_t launch_found_inf(int bytes, uint64_t exponent, const SparseAdamWMatrix* matrices, int count,

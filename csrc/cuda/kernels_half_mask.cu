@@ -7,32 +7,11 @@ namespace partune {
 cudaError_t launch_half_adamw(SparseAdamWTypes types, const SparseAdamWDeviceStep<float>& step,
                               const int64_t* mask_seed, const HalfMatrix* matrices, int count,
                               cudaStream_t stream) {
-  switch (types) {
-    case kFloat32:
-      return launch_half_step<float, float, float>(step, mask_seed, matrices, count, stream);
-    case kFloat32StateBFloat16:
-      return launch_half_step<float, float, BFloat16>(step, mask_seed, matrices, count, stream);
-    case kBFloat16:
-      return launch_half_step<BFloat16, BFloat16, float>(step, mask_seed, matrices, count, stream);
-    case kBFloat16StateBFloat16:
-      return launch_half_step<BFloat16, BFloat16, BFloat16>(step, mask_seed, matrices, count, stream);
-    case kBFloat16GradFloat32:
-      return launch_half_step<BFloat16, float, float>(step, mask_seed, matrices, count, stream);
-    case kBFloat16GradFloat32StateBFloat16:
-      return launch_half_step<BFloat16, float, BFloat16>(step, mask_seed, matrices, count, stream);
-    case kHalf:
-      return launch_half_step<Half, Half, float>(step, mask_seed, matrices, count, stream);
-    case kHalfStateBFloat16:
-      return launch_half_step<Half, Half, BFloat16>(step, mask_seed, matrices, count, stream);
-    case kHalfGradFloat32:
-      return launch_half_step<Half, float, float>(step, mask_seed, matrices, count, stream);
-    case kHalfGradFloat32StateBFloat16:
-      return launch_half_step<Half, float, BFloat16>(step, mask_seed, matrices, count, stream);
-    case kFloat64:
-    case kSparseAdamWTypesCount:
-      break;
-  }
-  return cudaErrorNotSupported;
+  return with_step_types(types, [&](auto chosen) {
+    using Types = decltype(chosen);
+    return launch_half_step<typename Types::Weight, typename Types::Grad, typename Types::State>(
+        step, mask_seed, matrices, count, stream);
+  });
 }
 
 cudaError_t launch_random_mask(uint32_t* mask, int64_t count, const int64_t* mask_seed, uint32_t mask_id,

@@ -4,13 +4,17 @@
 
 namespace partune {
 
+inline int64_t stepped_entries(const SparseAdamWMatrix& matrix) { return matrix.nnz; }
+
 // Moves as many matrices as fit one launch into a batch, from matrices[done] on. Returns its blocks, or
 // 0 where a matrix alone has more than a grid can.
-inline unsigned fill_batch(const SparseAdamWMatrix* matrices, int count, int& done, SparseAdamWBatch& batch) {
+template <typename Matrix, typename Batch>
+unsigned fill_batch(const Matrix* matrices, int count, int& done, Batch& batch) {
+  constexpr int kMatrices = sizeof(batch.matrices) / sizeof(batch.matrices[0]);
   batch.count = 0;
   int64_t blocks = 0;
-  for (; done < count && batch.count < kSparseAdamWMatrices; ++done) {
-    const int64_t wanted = (matrices[done].nnz + kSparseAdamWTile - 1) / kSparseAdamWTile;
+  for (; done < count && batch.count < kMatrices; ++done) {
+    const int64_t wanted = (stepped_entries(matrices[done]) + kSparseAdamWTile - 1) / kSparseAdamWTile;
     if (blocks + wanted > INT32_MAX) break;
     batch.first_block[batch.count] = int(blocks);
     batch.matrices[batch.count++] = matrices[done];
@@ -33,6 +37,45 @@ cudaError_t launch_step(const SparseAdamWDeviceStep<Real>& step, const SparseAda
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
+}
+
+// The types of weights, gradients and moments that a launch is built for.
+template <typename WeightType, typename GradType, typename StateType>
+struct StepTypes {
+  using Weight = WeightType;
+  using Grad = GradType;
+  using State = StateType;
+};
+
+// launch(StepTypes) of a combination; float64's has a translation unit of its own.
+template <typename Launch>
+cudaError_t with_step_types(SparseAdamWTypes types, const Launch& launch) {
+  switch (types) {
+    case kFloat32:
+      return launch(StepTypes<float, float, float>());
+    case kFloat32StateBFloat16:
+      return launch(StepTypes<float, float, BFloat16>());
+    case kBFloat16:
+      return launch(StepTypes<BFloat16, BFloat16, float>());
+    case kBFloat16StateBFloat16:
+      return launch(StepTypes<BFloat16, BFloat16, BFloat16>());
+    case kBFloat16GradFloat32:
+      return launch(StepTypes<BFloat16, float, float>());
+    case kBFloat16GradFloat32StateBFloat16:
+      return launch(StepTypes<BFloat16, float, BFloat16>());
+    case kHalf:
+      return launch(StepTypes<Half, Half, float>());
+    case kHalfStateBFloat16:
+      return launch(StepTypes<Half, Half, BFloat16>());
+    case kHalfGradFloat32:
+      return launch(StepTypes<Half, float, float>());
+    case kHalfGradFloat32StateBFloat16:
+      return launch(StepTypes<Half, float, BFloat16>());
+    case kFloat64:
+    case kSparseAdamWTypesCount:
+      break;
+  }
+  return cudaErrorNotSupported;
 }
 
 template <typename Word>

@@ -229,7 +229,10 @@ class Source:
         if first < last and self.tokens[first].text in ("return", "else"):
             first += 1
         if first < last and self.tokens[first].text == "if":
-            self.expression(body, first, last)
+            if self.tokens[first + 1].text == "constexpr":  # decided when the kernel is compiled
+                self.statement(body, self.partner(first + 2) + 1, last)
+            else:
+                self.expression(body, first, last)
             return
         depth = 0
         self.subject = body

@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(kBlock) norm_scale_shift_backward_kernel(const
       write_row_grads<kBlock, Stored>(task, row, mean, rstd, task.mean ? mean_grad : Real(0), mean_product);
     }
   }
-  if (task.shared_sums) {
+  if (along != partial) {
     for (int64_t column = int64_t(threadIdx.x) * kPack; column < columns; column += int64_t{kBlock} * kPack) {
       for (int64_t i = column; i < column + kPack && i < columns; ++i) {
         partial[i] = along[i];

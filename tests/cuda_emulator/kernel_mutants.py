@@ -266,13 +266,21 @@ class Source:
                     inner = self.tokens[j].text
                     if (inner == "," and depth == 0) or j == end:
                         if start < j:
-                            self.expression(body, start, j)
+                            self.argument(body, start, j)
                         start = j + 1
                     depth += inner in OPENING
                     depth -= inner in CLOSING
                 i = end + 1
             else:
                 i += 1
+
+    def argument(self, body: str, first: int, last: int) -> None:
+        """What is passed on: a value, or a lambda, which has statements of its own."""
+        braces = [i for i in range(first, last) if self.tokens[i].text == "{"]
+        if self.tokens[first].text == "[" and braces:
+            self.mutate_body(body, braces[0] + 1, self.partner(braces[0]))
+        else:
+            self.expression(body, first, last)
 
     def split(self, first: int, last: int, operators: set[str]) -> list[tuple[int, int]]:
         """Operands of the operators at the expression's own level."""

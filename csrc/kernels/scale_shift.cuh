@@ -103,8 +103,9 @@ PARTUNE_FN void backward_pack(const ScaleShiftTask& task, const PackVectors<kPac
                               int64_t position, Real (&along)[kPack], Real (&plain)[kPack]) {
   Neighbours<Stored, kPack> pack = load_neighbours<kPack>(static_cast<const Stored*>(task.input) + position);
   Neighbours<Stored, kPack> saved = {};
-  if (kActivation != Activation::kNone || task.saved)
-    saved = load_neighbours<kPack>(static_cast<const Stored*>(task.saved) + position);
+  bool has_saved = true;
+  if constexpr (kActivation == Activation::kNone) has_saved = task.saved != nullptr;
+  if (has_saved) saved = load_neighbours<kPack>(static_cast<const Stored*>(task.saved) + position);
   PARTUNE_UNROLL
   for (int i = 0; i < kPack; ++i) {
     const InnerGrad<Real> inner = inner_grad<kActivation>(
@@ -180,12 +181,10 @@ __global__ void __launch_bounds__(kBlock) scale_shift_rows_kernel(const ScaleShi
 template <typename Stored, typename Real, int kPack, Activation kActivation, int kBlock>
 __global__ void __launch_bounds__(kBlock) scale_shift_planes_kernel(const ScaleShiftTask task) {
   const PlaneSegment<kPack, kBlock> segment(task.layout);
-  if (segment.position < segment.end) {
-    PackVectors<kPack, Stored, Real> vectors;
-    vectors.repeat(task, segment.channel);
-    for (int64_t position = segment.position; position < segment.end; position += int64_t{32} * kPack) {
-      forward_pack<kActivation>(task, vectors, position);
-    }
+  PackVectors<kPack, Stored, Real> vectors;
+  vectors.repeat(task, segment.channel);
+  for (int64_t position = segment.position; position < segment.end; position += int64_t{32} * kPack) {
+    forward_pack<kActivation>(task, vectors, position);
   }
 }
 
@@ -232,13 +231,11 @@ template <typename Stored, typename Real, int kPack, Activation kActivation, int
 __global__ void __launch_bounds__(kBlock) scale_shift_backward_planes_kernel(const ScaleShiftTask task) {
   const PlaneSegment<kPack, kBlock> segment(task.layout);
   Real along[kPack] = {}, plain[kPack] = {};
-  if (segment.position < segment.end) {
-    PackVectors<kPack, Stored, Real> vectors;
-    vectors.repeat(task, segment.channel);
+  PackVectors<kPack, Stored, Real> vectors;
+  vectors.repeat(task, segment.channel);
 #pragma unroll 1
-    for (int64_t position = segment.position; position < segment.end; position += int64_t{32} * kPack) {
-      backward_pack<kActivation>(task, vectors, position, along, plain);
-    }
+  for (int64_t position = segment.position; position < segment.end; position += int64_t{32} * kPack) {
+    backward_pack<kActivation>(task, vectors, position, along, plain);
   }
   PARTUNE_UNROLL
   for (int i = 1; i < kPack; ++i) {

@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(kBlock) norm_scale_shift_backward_kernel(const
   Real* partial = static_cast<Real*>(task.partial);
   if (partial) partial += int64_t(blockIdx.x) * 2 * columns;
   // A thread has the same columns in every row, so nobody else's sums, and no barrier guards them.
-  Real* along = partial && task.shared_sums ? shared_sums : partial;
+  Real* along = task.shared_sums ? shared_sums : partial;
   Real* plain = along ? along + columns : nullptr;
   if (along) {
     for (int64_t column = int64_t(threadIdx.x) * kPack; column < columns; column += int64_t{kBlock} * kPack) {
@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(kBlock) norm_scale_shift_backward_kernel(const
       write_row_grads<kBlock, Stored>(task, row, mean, rstd, task.mean ? mean_grad : Real(0), mean_product);
     }
   }
-  if (partial && task.shared_sums) {
+  if (along != partial) {
     for (int64_t column = int64_t(threadIdx.x) * kPack; column < columns; column += int64_t{kBlock} * kPack) {
       for (int64_t i = column; i < column + kPack && i < columns; ++i) {
         partial[i] = along[i];

@@ -145,6 +145,17 @@ def write(module: nn.Module, values: Mapping[str, Tensor]) -> None:
             module.elementwise_affine = module.affine = True  # type: ignore[assignment]
 
 
+def restore(module: nn.Module, values: Mapping[str, Tensor | None]) -> None:
+    """Give a layer back what `write` overwrote; None for what it created."""
+    for name, value in values.items():
+        if value is None:
+            module.register_parameter(name, None)
+            if name == "weight":
+                module.elementwise_affine = module.affine = False  # type: ignore[assignment]
+        else:
+            getattr(module, name).data.copy_(value)
+
+
 class TrainedCopy(AdaptedLayer):
     """A layer of the head: a copy of it is trained and used, the original stays as it was."""
 

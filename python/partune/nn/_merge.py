@@ -77,19 +77,14 @@ def merge(model: nn.Module, batch: Any = None, *, name: str | None = None) -> Me
         for layer_name, layer in adapter.layers.items()
         if layer.children_name
     }
-    _refuse_shared(model, merged)
+    refuse_shared(model, merged)
     created = _created(model, merged)
     flags, zeros = expressed(model, created) if created else ((), [])
     before = None if batch is None else _outputs(model, batch)
     detach(model)
     for layer_name, parameters in merged.items():
         write(model.get_submodule(layer_name), parameters)
-    for bias in zeros:
-        layer_name = bias.removesuffix(".bias")
-        module = model.get_submodule(layer_name)
-        write(module, {"bias": torch.zeros(len(model.get_parameter(f"{layer_name}.weight")))})
-    for flag in flags:
-        setattr(model.config, flag, True)
+    add_biases(model, flags, zeros)
     drift, relative = (None, None) if before is None else _drift(before, _outputs(model, batch))
     return MergeReport(len(merged), drift, relative, (*created, *zeros))
 
@@ -113,7 +108,7 @@ def _created(model: nn.Module, merged: Mapping[str, Mapping[str, Tensor]]) -> li
     ]
 
 
-def _refuse_shared(model: nn.Module, names: Iterable[str]) -> None:
+def refuse_shared(model: nn.Module, names: Iterable[str]) -> None:
     """Weights that another module reads too would change there as well."""
     owners: dict[Tensor, set[nn.Module]] = {}
     for module in model.modules():
@@ -153,6 +148,16 @@ def expressed(model: nn.Module, created: list[str]) -> tuple[tuple[str, ...], li
         f"{created[0]}: the config of a {type(model).__name__} can't express this bias, and "
         "from_pretrained would drop it; train with shift=False, or leave the adapter unmerged"
     )
+
+
+def add_biases(model: nn.Module, flags: Iterable[str], zeros: Iterable[str]) -> None:
+    """Set what `expressed` found, and give the model the further biases as zeros."""
+    for bias in zeros:
+        layer_name = bias.removesuffix(".bias")
+        module = model.get_submodule(layer_name)
+        write(module, {"bias": torch.zeros(len(model.get_parameter(f"{layer_name}.weight")))})
+    for flag in flags:
+        setattr(model.config, flag, True)
 
 
 @contextmanager

@@ -16,10 +16,14 @@ _ATTRIBUTE = "_partune_adapters"
 
 @dataclass(frozen=True)
 class Placement:
-    """What becomes of one module: its class, and what it computes with."""
+    """What becomes of one module: its class, and what it computes with.
+
+    Without an adapter it is computed by another, whose name is `within`.
+    """
 
     layer: type[AdaptedLayer]
     adapter: nn.Module | None = None
+    within: str | None = None
 
 
 class AdapterConfig:

@@ -90,7 +90,7 @@ class ScaleShiftConfig(AdapterConfig):
                 fusing[name] = adapter
         for name, (activation, kind) in activations_after(model, fusing).items():
             fusing[name].activation = kind
-            plan[activation] = Placement(FusedActivation)
+            plan[activation] = Placement(FusedActivation, within=name)
         for name in dict.fromkeys(trained_layers(model, heads)):
             plan[name] = Placement(TrainedCopy, TrainedCopy.of(model.get_submodule(name)))
         return plan

@@ -1,0 +1,13 @@
+"""partune's adapters as methods of peft, and LoRA checkpoints from and to peft.
+
+Importing this adds the methods to peft's list, which `PeftModel.from_pretrained` reads too.
+"""
+
+from partune.integrations.peft._configs import ScaleShiftPeftConfig
+from partune.integrations.peft._methods import add_method
+from partune.integrations.peft._tuner import ScaleShiftModel
+
+__all__ = ["ScaleShiftPeftConfig"]
+
+for _config, _model in ((ScaleShiftPeftConfig, ScaleShiftModel),):
+    add_method(_config.peft_type_name, _config, _model, _model.prefix)

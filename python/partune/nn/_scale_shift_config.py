@@ -15,13 +15,12 @@ from partune.nn._layers import TrainedCopy
 from partune.nn._registry import AdapterConfig, Placement
 from partune.nn._scale_shift_layers import FusedActivation, ScaleShiftLayer
 from partune.nn._scale_shift_sites import (
+    RULES,
     channel_dim_of,
-    head_names,
     is_decoder,
     layer_for,
-    site_names,
-    trained_layers,
 )
+from partune.nn._targets import head_names, target_names, trained_layers
 from partune.nn.scale_shift import INIT_STD, ScaleShift
 
 
@@ -79,7 +78,7 @@ class ScaleShiftConfig(AdapterConfig):
     def plan(self, model: nn.Module) -> Mapping[str, Placement]:
         """Say what becomes of which module; the model stays as it is."""
         heads = head_names(model, self.modules_to_save)
-        sites = site_names(model, self.target_modules, heads)
+        sites = target_names(model, self.target_modules, heads, RULES)
         decoder = self.shift is None and is_decoder(model)
         plan: dict[str, Placement] = {}
         fusing: dict[str, ScaleShift] = {}

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from partune.nn._block_lora_config import BlockLoRAConfig
 from partune.nn._layers import TrainedCopy
 from partune.nn._registry import (
     AdapterConfig,
@@ -24,7 +25,9 @@ from partune.nn._registry import (
 from partune.nn._scale_shift_config import ScaleShiftConfig
 
 _FORMAT = "partune adapter, version 1"
-_CONFIGS: dict[str, type[AdapterConfig]] = {config.method: config for config in (ScaleShiftConfig,)}
+_CONFIGS: dict[str, type[AdapterConfig]] = {
+    config.method: config for config in (ScaleShiftConfig, BlockLoRAConfig)
+}
 
 
 def save_adapter(

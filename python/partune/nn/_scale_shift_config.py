@@ -20,7 +20,7 @@ from partune.nn._scale_shift_sites import (
     is_decoder,
     layer_for,
 )
-from partune.nn._targets import head_names, target_names, trained_layers
+from partune.nn._targets import check_names, head_names, target_names, trained_layers
 from partune.nn.scale_shift import INIT_STD, ScaleShift
 
 
@@ -70,10 +70,7 @@ class ScaleShiftConfig(AdapterConfig):
             raise ValueError(f"channel_dim: got {self.channel_dim!r}, want None, -1 or 1")
         if not self.init_std >= 0.0:
             raise ValueError(f"init_std: got {self.init_std}, want at least 0")
-        if isinstance(self.modules_to_save, str):
-            raise TypeError(
-                f"modules_to_save: got the string {self.modules_to_save!r}, want a list of names"
-            )
+        check_names("modules_to_save", self.modules_to_save)
 
     def plan(self, model: nn.Module) -> Mapping[str, Placement]:
         """Say what becomes of which module; the model stays as it is."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -28,6 +29,11 @@ class Rules:
     layers: str  # in words
     takes: Callable[[nn.Module], bool]
     never_by_default: re.Pattern[str]
+
+
+def check_names(argument: str, names: object) -> None:
+    if isinstance(names, str):
+        raise TypeError(f"{argument}: got the string {names!r}, want a list of names")
 
 
 def head_names(model: nn.Module, wanted: Sequence[str] | None) -> list[str]:
@@ -66,9 +72,11 @@ def target_names(
 ) -> list[str]:
     """The modules that an adapter goes to, in the model's order."""
     names, used = [], set()
+    output = _output_embeddings(model)
     for name, module in base_modules(model):
         if targets is None:
             by_default = rules.takes(module) and rules.never_by_default.fullmatch(name) is None
+            by_default = by_default and module is not output
             if by_default and not _within(name, heads) and not _runs_inside(model, name):
                 names.append(name)
             continue
@@ -89,13 +97,18 @@ def target_names(
     return names
 
 
+def _output_embeddings(model: nn.Module) -> nn.Module | None:
+    """What a model of transformers turns hidden states into logits by."""
+    get: Any = getattr(model, "get_output_embeddings", lambda: None)
+    output: nn.Module | None = get()
+    return output
+
+
 def _check_named(
     model: nn.Module, name: str, module: nn.Module, heads: Sequence[str], rules: Rules
 ) -> None:
     if not rules.takes(module):
-        raise TypeError(
-            f"target_modules: {name} is a {type(module).__name__}, want {rules.layers}"
-        )
+        raise TypeError(f"target_modules: {name} is a {type(module).__name__}, want {rules.layers}")
     if _within(name, heads):
         raise ValueError(
             f"target_modules: {name} is in the head, which is trained whole; take it out of "

@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import copy
+import zlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from nn_models import OWN, disturbed, inputs_of, output_of, transformers_model
 
 TOLERANCE = 1e-5  # relative to the largest output, in float32
+
+
+@torch.no_grad()
+def move_ups(model: nn.Module, adapter: str = "default") -> nn.Module:
+    """Give up-projections, which start at zero, values that hang on their layers' names alone."""
+    for name, parameter in model.named_parameters():
+        layer, here, leaf = name.removeprefix("base_model.model.").rpartition(f".{adapter}.")
+        if here and leaf.endswith("up"):
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{layer}.{leaf}".encode()))
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def in_peft(model: nn.Module, config: PeftConfig, name: str = "default") -> PeftModel:
+    """The model in peft, with an adapter that does something."""
+    return move_ups(get_peft_model(model, config, adapter_name=name), name)
 
 
 def model_and_output(kind: str, **options: Any) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
@@ -26,6 +44,7 @@ def model_and_output(kind: str, **options: Any) -> tuple[nn.Module, Callable[[nn
     return model, torch.no_grad()(run)
 
 
+@torch.no_grad()
 def relative(got: Tensor, wanted: Tensor) -> float:
     return float((got - wanted).abs().max() / wanted.abs().max())
 

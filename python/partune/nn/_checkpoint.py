@@ -107,7 +107,7 @@ def load_adapter(
     plan = planned(model, config, name)
     base = fingerprint(model)
     _check_base(base, wanted, plan, path)
-    _fill(plan, tensors, path)
+    fill(plan, tensors, path)
     add_adapter(model, config, name, plan, base)
     return model
 
@@ -174,7 +174,7 @@ def _check_base(
         )
 
 
-def _fill(
+def fill(
     plan: Mapping[str, Placement], tensors: Mapping[str, Tensor], path: str | os.PathLike[str]
 ) -> None:
     """Put the file's tensors into the plan, where they replace those of the start."""

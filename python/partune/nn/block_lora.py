@@ -28,6 +28,7 @@ class LowRank(nn.Module):
     """
 
     share: str
+    blocks: int
     scale: float
     dropout: float
 

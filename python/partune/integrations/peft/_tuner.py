@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from partune.integrations.peft._configs import HEADS_BY_TASK, AdapterPeftConfig
@@ -26,8 +26,9 @@ from partune.nn._layers import (
     restore,
     write,
 )
-from partune.nn._merge import add_biases, expressed, refuse_shared
+from partune.nn._merge import expressed, refuse_shared
 from partune.nn._registry import Placement
+from partune.nn._targets import ends_in
 
 
 class TunerLayer(nn.Module, BaseTunerLayer):
@@ -47,7 +48,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         self.add_module(self.children_name, adapters)
         # the module inside finds them too, but they are registered here alone
         base_layer.__dict__[self.children_name] = adapters
-        self._layers: dict[str, type[AdaptedLayer]] = {}
+        self.layers: dict[str, type[AdaptedLayer]] = {}
         self._activations: dict[str, tuple[nn.Module, type[AdaptedLayer]]] = {}
         self._originals: dict[str, Tensor | None] = {}
         self._active_adapter: list[str] = []
@@ -62,7 +63,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         """Keep an adapter, which computes once peft activates it."""
         assert placement.adapter is not None
         self.adapters[name] = placement.adapter.train(self.training)
-        self._layers[name] = placement.layer
+        self.layers[name] = placement.layer
 
     def fuse(self, name: str, module: nn.Module, layer: type[AdaptedLayer]) -> None:
         """Let a module after this one pass its input on while an adapter computes it too."""
@@ -83,8 +84,8 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters or self.merged:
             return
         for name in self.active_adapters:
-            if name in self._layers:
-                activate(self.base_layer, self._layers[name], name)
+            if name in self.layers:
+                activate(self.base_layer, self.layers[name], name)
             if name in self._activations:
                 activate(*self._activations[name], name)
 
@@ -100,23 +101,27 @@ class TunerLayer(nn.Module, BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         self.rest()
-        self._layers.pop(adapter_name, None)
+        self.layers.pop(adapter_name, None)
         self._activations.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
         self.follow()
 
     def names_to_merge(self, adapter_names: Sequence[str] | None) -> list[str]:
         names = self.active_adapters if adapter_names is None else adapter_names
-        return [name for name in names if name in self._layers and name not in self.merged_adapters]
+        return [name for name in names if name in self.layers and name not in self.merged_adapters]
 
     def merged_values(self, name: str) -> dict[str, Tensor]:
         """What the plain module has to hold to compute the same as with an adapter."""
         self.rest()
         try:
-            activate(self.base_layer, self._layers[name], name)
+            del self.base_layer.__dict__[self.children_name]
+            self.base_layer.add_module(self.children_name, self.adapters)
+            activate(self.base_layer, self.layers[name], name)
             assert isinstance(self.base_layer, AdaptedLayer)
             return self.base_layer.merged()
         finally:
+            delattr(self.base_layer, self.children_name)
+            self.base_layer.__dict__[self.children_name] = self.adapters
             self.follow()
 
     @property
@@ -184,12 +189,12 @@ class TunerModel(BaseTuner):
         if isinstance(peft_config.target_modules, str):
             all_linear = peft_config.target_modules.lower() == "all-linear"
             peft_config.target_modules = None if all_linear else peft_config.target_modules
-        with self._plain(model):
+        with self.plain(model):
             _refuse_attached(model)
             peft_config.modules_to_save = _heads(peft_config, model)
             plan = peft_config.adapter_config().plan(model)
             heads = [name for name, placed in plan.items() if placed.layer is TrainedCopy]
-            _refuse_more_than(heads, model)
+            refuse_more_than(heads, [name for name, _ in model.named_modules()])
         self._plan = {name: placed for name, placed in plan.items() if name not in heads}
         peft_config.modules_to_save = heads
         if peft_config.target_modules is None:
@@ -232,6 +237,16 @@ class TunerModel(BaseTuner):
             raise ValueError(f"adapter_name: got {names}, want one: {self._one_at_a_time}")
         super().set_adapter(adapter_name, inference_mode)
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **options: Any) -> Iterator[None]:
+        """Where peft hands on what it doesn't give to the model."""
+        if options.get("adapter_names") is not None:
+            raise ValueError(
+                f"adapter_names: {self._one_at_a_time}; for rows with adapters of their own, "
+                "attach them by partune.nn.attach and use partune.nn.mixed_adapters"
+            )
+        yield
+
     @property
     def _one_at_a_time(self) -> str:
         return f"a {type(self).__name__} computes with one adapter at a time"
@@ -253,12 +268,17 @@ class TunerModel(BaseTuner):
         zeros: Sequence[str] = ()
         if merge:
             created = self._check_merging(adapter_names, safe_merge)
-            with self._plain(self.model):
+            with self.plain(self.model):
                 flags, zeros = expressed(self.model, created) if created else ((), ())
         model: nn.Module = super()._unload_and_optionally_merge(
             merge, progressbar, safe_merge, adapter_names
         )
-        add_biases(model, flags, zeros)
+        for bias in zeros:
+            layer_name = bias.removesuffix(".bias")
+            size = len(model.get_parameter(f"{layer_name}.weight"))
+            write(model.get_submodule(layer_name), {"bias": torch.zeros(size)})
+        for flag in flags:
+            setattr(model.config, flag, True)
         return model
 
     def _check_merging(self, adapter_names: list[str] | None, safe_merge: bool) -> list[str]:
@@ -290,17 +310,17 @@ class TunerModel(BaseTuner):
                 missing = [key for key in values if getattr(layer.base_layer, key) is None]
                 created += [f"{layer_name}.{key}" for key in missing]
             created += [f"{layer_name}.{key}" for key in layer.created]
-        with self._plain(self.model):
+        with self.plain(self.model):
             refuse_shared(self.model, changed)
         return created
 
     @contextmanager
-    def _plain(self, model: nn.Module) -> Iterator[None]:
+    def plain(self, model: nn.Module) -> Iterator[None]:
         """The model as it was before peft, for as long as the context lasts."""
         wrapped = [
             (name, module)
             for name, module in model.named_modules()
-            if isinstance(module, TunerLayer | AuxiliaryTrainingWrapper)
+            if isinstance(module, TunerLayer | ModulesToSaveWrapper)
         ]
         try:
             for name, module in wrapped:
@@ -326,16 +346,12 @@ def _heads(peft_config: AdapterPeftConfig, model: nn.Module) -> list[str] | None
     """The heads that the config names, and of those that peft adds the ones that there are."""
     by_task = HEADS_BY_TASK.get(peft_config.task_type or "", ())
     there = [
-        head for head in by_task if any(_ends_in(name, head) for name, _ in model.named_modules())
+        head for head in by_task if any(ends_in(name, head) for name, _ in model.named_modules())
     ]
     named = [name for name in peft_config.modules_to_save or () if name not in by_task]
     if peft_config.modules_to_save is None and not there:
         return None
     return list(dict.fromkeys([*named, *there]))
-
-
-def _ends_in(name: str, target: str) -> bool:
-    return name == target or name.endswith("." + target)
 
 
 def _refuse_attached(model: nn.Module) -> None:
@@ -346,22 +362,33 @@ def _refuse_attached(model: nn.Module) -> None:
             )
 
 
-def _refuse_more_than(heads: Sequence[str], model: nn.Module) -> None:
+def refuse_more_than(heads: Sequence[str], names: Sequence[str]) -> None:
     """peft trains every module whose name ends in the letters of a head's, dots or not."""
-    for name, _ in model.named_modules():
+    for name in names:
         for head in heads:
-            if name.endswith(head) and not _ends_in(name, head):
+            if name.endswith(head) and not ends_in(name, head):
                 raise ValueError(
                     f"modules_to_save: peft would take {name} for {head} and train it whole too; "
                     "train this model with partune.nn.attach, or with modules_to_save=[]"
                 )
 
 
-class ScaleShiftLayer(TunerLayer):
+class ScaleShiftTunerLayer(TunerLayer):
     children_name = "scale_shift"
     adapter_layer_names = (children_name,)
 
 
 class ScaleShiftModel(TunerModel):
-    prefix = ScaleShiftLayer.children_name
-    tuner_layer_cls = ScaleShiftLayer
+    prefix = ScaleShiftTunerLayer.children_name
+    tuner_layer_cls = ScaleShiftTunerLayer
+
+
+class BlockLoRATunerLayer(TunerLayer):
+    children_name = "block_lora"
+    adapter_layer_names = (children_name,)
+    sums_up = True
+
+
+class BlockLoRAModel(TunerModel):
+    prefix = BlockLoRATunerLayer.children_name
+    tuner_layer_cls = BlockLoRATunerLayer

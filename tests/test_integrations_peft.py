@@ -282,6 +282,28 @@ def test_trainer_takes_two_steps_and_resumes(method, kind, tmp_path):
     assert relative(run(again.eval()), run(tuned)) <= TOLERANCE
 
 
+@each("llama")
+def test_compiled_whole_and_checkpointed(method, kind):
+    model, _ = model_and_output(kind)
+    tuned = in_peft(model, config(method, task_type="CAUSAL_LM"))
+    tokens = torch.randint(3, 50, (2, 5))
+
+    def gradients(trained):
+        trained(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        found = {n: p.grad for n, p in tuned.named_parameters() if p.grad is not None}
+        tuned.zero_grad()
+        return found
+
+    wanted = gradients(tuned)
+    assert wanted and all(f".{method}." in name for name in wanted)
+    compiled = gradients(torch.compile(tuned, fullgraph=True, backend="aot_eager"))
+    tuned.gradient_checkpointing_enable()
+    tuned.enable_input_require_grads()
+    for got in (compiled, gradients(tuned.train())):
+        assert got.keys() == wanted.keys()
+        assert all(relative(got[name], grad) <= TOLERANCE for name, grad in wanted.items())
+
+
 # ---- merging: the config's biases, and what can't be merged ----
 
 
@@ -464,6 +486,17 @@ def test_an_enum_that_takes_no_new_member(monkeypatch):
     with pytest.raises(ImportError, match="can't be extended by FOREIGN: sealed; tested with"):
         add_method("FOREIGN", Foreign, Foreign, "foreign")
     assert list(Types.__members__) == ["LORA"]
+
+
+def test_a_hook_that_is_gone(monkeypatch):
+    monkeypatch.delattr(peft.tuners.tuners_utils.BaseTuner, "_replace_module")
+    with pytest.raises(ImportError, match=r"its tuners_utils.BaseTuner has no _replace_module; te"):
+        add_method("FOREIGN", Foreign, Foreign, "foreign")
+    monkeypatch.delattr(peft.tuners.tuners_utils, "BaseTunerLayer")
+    monkeypatch.setattr(peft.tuners.tuners_utils.BaseTuner, "_replace_module", None, raising=False)
+    with pytest.raises(ImportError, match=r"its tuners_utils.BaseTunerLayer has no merge; tested"):
+        add_method("FOREIGN", Foreign, Foreign, "foreign")
+    assert "FOREIGN" not in peft.PeftType.__members__
 
 
 def test_a_registration_that_peft_refuses(monkeypatch):

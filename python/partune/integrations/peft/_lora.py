@@ -136,6 +136,7 @@ def load_lora(
         ValueError: another method than LoRA, or what our layer doesn't compute (DoRA, trained
             biases, embeddings, a start that changed the base); layers that the model doesn't have,
             or of other shapes; a name that is taken. Then the model is as it was.
+        TypeError: factors for what is no linear layer; the model is as it was.
 
     Example:
         >>> import tempfile

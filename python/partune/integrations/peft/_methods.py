@@ -6,9 +6,21 @@ import enum
 from typing import Any
 
 import peft
+from peft.tuners import tuners_utils
 from peft.utils import peft_types
 
 TESTED = ("0.21.0", "0.21.1", "0.21.2")
+_HOOKS = {  # that are overridden, and so have to be there to be called
+    "BaseTuner": (
+        "_prepare_adapter_config", "_prepare_model", "_check_target_module_exists",
+        "_create_and_replace", "_replace_module", "_unload_and_optionally_merge", "merge_adapter",
+        "set_adapter",
+    ),
+    "BaseTunerLayer": (
+        "merge", "unmerge", "set_adapter", "enable_adapters", "delete_adapter",
+        "_move_adapter_to_device_of_base_layer",
+    ),
+}  # fmt: skip
 
 
 def add_method(name: str, config: type[Any], model: type[Any], prefix: str) -> Any:
@@ -26,6 +38,10 @@ def add_method(name: str, config: type[Any], model: type[Any], prefix: str) -> A
         ImportError: this peft isn't as it was in the versions that were tested. Then its enum is as
             it was.
     """
+    for owner, hooks in _HOOKS.items():
+        for hook in hooks:
+            if not hasattr(getattr(tuners_utils, owner, None), hook):
+                raise ImportError(_message(f"its tuners_utils.{owner} has no {hook}"))
     types = peft_types.PeftType
     try:
         member = _add_member(types, name)

@@ -49,8 +49,7 @@ def each(*kinds):
 def no_warnings():
     """peft warns where a user has to look: of keys that it didn't find, of unmerged layers."""
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+        warnings.simplefilter("error", UserWarning)
         yield
 
 

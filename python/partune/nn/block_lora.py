@@ -195,8 +195,13 @@ class BlockLoRAParts(LowRank):
         super().__init__()
         first = next(iter(parts.values()))
         self.share, self.scale, self.dropout = first.share, first.scale, first.dropout
-        self.blocks, self.out_features = first.blocks, out
+        self.out_features = out
         for name, part in parts.items():
+            if not name.isidentifier() or hasattr(self, name):
+                raise ValueError(
+                    f"parts: got the name {name!r}, want an identifier that names nothing else of "
+                    "a module, such as 'q'"
+                )
             self.add_module(name, part)
             self.register_buffer(f"{name}_rows", rows[name], persistent=False)
 

@@ -304,12 +304,14 @@ def test_several_adapters(kind):
         "third": BlockLoRAConfig(rank=4, share="rank"),
         "other": ScaleShiftConfig(init_std=0.2),
     }.items():
-        trained(attach(model, config, name=name))
+        attach(model, config, name=name)
+    trained(model)
+    for name in ("first", "second", "third", "other"):
+        set_adapter(model, name)
         outputs[name] = run(model)
     for name in ("first", None, "third", "other", "second"):
         set_adapter(model, name)
-        if name in ("first", None, "other"):  # `trained` moved the earlier adapters again
-            assert name != None or torch.equal(run(model), base)  # noqa: E711
+        assert torch.equal(run(model), outputs[name]), "bit for bit"
     set_adapter(model, "third")
     third = run(model)
     with disable_adapter(model):
@@ -411,7 +413,7 @@ def test_unmerged_again(keep, dtype):
                            state["transformer.h.0.attn.c_attn.weight"])  # fmt: skip
     other = copy.deepcopy(model)
     report = unmerge(model, inputs)
-    assert report.layers == 8 and report.relative_drift == drift
+    assert report.layers == 8 and report.relative_drift == pytest.approx(drift, rel=1e-2)
     again = model.state_dict()
     assert list(again) == list(adapted_state)
     for key, value in adapted_state.items():
@@ -474,6 +476,10 @@ def with_three(kind):
         "c": BlockLoRAConfig(rank=2, blocks=1, target_modules=r".*(attn\.proj|fc2|c_proj|o_proj)"),
     }.items():
         attach(model, config, name=name)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".trained." in name:
+                parameter.add_(torch.randn_like(parameter))
     return trained(model)
 
 

@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from partune.nn._layers import AdaptedLayer, Adapters, computes_with
 from partune.nn._targets import is_conv1d
-from partune.nn.block_lora import BLOCKS, RANK, BlockLoRA, LowRank
+from partune.nn.block_lora import BLOCKS, RANK, BlockLoRA, LowRank, is_wrapped
 
 
 class BlockLoRALayer(AdaptedLayer):
@@ -39,15 +38,16 @@ class BlockLoRALayer(AdaptedLayer):
 
     @classmethod
     def _added(cls, module: nn.Module, adapter: LowRank, sign: float) -> Tensor:
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, Tensor) or not weight.is_floating_point() or is_foreign(weight):
+        weight: Any = getattr(module, "weight", None)
+        if _is_quantised(weight):
             raise ValueError(
                 "its weight is quantised, and merging would round it anew; leave the adapter "
                 "unmerged, or load the base unquantised and merge into that"
             )
         delta = cls._as_weight(adapter.delta())
         wide = torch.promote_types(delta.dtype, weight.dtype)
-        return weight.detach().to(wide).add(delta.to(weight.device, wide), alpha=sign)
+        total: Tensor = weight.detach().to(wide).add(delta.to(weight.device, wide), alpha=sign)
+        return total
 
     @classmethod
     def _as_weight(cls, delta: Tensor) -> Tensor:
@@ -59,9 +59,10 @@ class BlockLoRALayer(AdaptedLayer):
         return output
 
 
-def is_foreign(weight: Tensor) -> bool:
-    """Whether only the weight's own class, or its layer's, can read its values."""
-    return is_traceable_wrapper_subclass(weight) or hasattr(weight, "quant_state")
+def _is_quantised(weight: Any) -> bool:
+    plain = isinstance(weight, Tensor) and weight.is_floating_point()
+    # bitsandbytes may store its 4 bits as floats
+    return not plain or is_wrapped(weight) or hasattr(weight, "quant_state")
 
 
 class BlockLoRALinear(BlockLoRALayer, nn.Linear):
@@ -198,7 +199,10 @@ class BlockLoRAOther(BlockLoRALayer):
     """A linear layer that computes its output in a way of its own, such as a quantised one."""
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self.adapter(input, super().forward(input, *args, **kwargs))  # type: ignore[no-any-return]
+        base = super().forward(input, *args, **kwargs)
+        fresh = self.original_class.__module__.startswith("bitsandbytes.")  # nothing else sees it
+        output: Tensor = self.adapter(input, base, reuse=fresh)
+        return output
 
     def merged(self) -> dict[str, Tensor]:
         merged = super().merged()

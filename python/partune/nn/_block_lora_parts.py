@@ -51,7 +51,7 @@ def _rows_by_name(model: nn.Module, name: str, parts: Sequence[str]) -> dict[str
     if unknown:
         raise ValueError(
             f"parts: got {unknown[0]!r} for {name}, whose parts are known as "
-            f"{', '.join(found) or 'none'}; {say}"
+            f"{', '.join(sorted(found, key=lambda part: int(found[part][0]))) or 'none'}; {say}"
         )
     return {part: found[part] for part in parts}
 

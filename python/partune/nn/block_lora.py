@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from partune.ops import block_lora, block_lora_linear
 
@@ -59,7 +58,7 @@ class LowRank(nn.Module):
         A weight that trains, or whose values only its own class can read (torchao's quantised
         ones), is left to `nn.functional.linear`.
         """
-        if weight.requires_grad or is_traceable_wrapper_subclass(weight):
+        if weight.requires_grad or is_wrapped(weight):
             output: Tensor = self(input, F.linear(input, weight, bias), reuse=True)
             return output
         down, up = self.factors()
@@ -71,6 +70,11 @@ class LowRank(nn.Module):
 
     def _dropout(self) -> float:
         return self.dropout if self.training else 0.0
+
+
+def is_wrapped(weight: Tensor) -> bool:
+    """Whether only the weight's own class can read its values; also while a compiler traces."""
+    return hasattr(type(weight), "__tensor_flatten__")
 
 
 def _is_free(base: Tensor) -> bool:
@@ -192,8 +196,13 @@ class BlockLoRAParts(LowRank):
         super().__init__()
         first = next(iter(parts.values()))
         self.share, self.scale, self.dropout = first.share, first.scale, first.dropout
-        self.blocks, self.out_features = first.blocks, out
+        self.out_features = out
         for name, part in parts.items():
+            if not name.isidentifier() or hasattr(self, name):
+                raise ValueError(
+                    f"parts: got the name {name!r}, want an identifier that names nothing else of "
+                    "a module, such as 'q'"
+                )
             self.add_module(name, part)
             self.register_buffer(f"{name}_rows", rows[name], persistent=False)
 

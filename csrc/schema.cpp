@@ -23,6 +23,9 @@ const Schema kSchemas[] = {
     {"scale_shift", "layer_norm_scale_shift_backward(Tensor grad, Tensor input, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, Tensor scale, *, bool input_grad=True, bool scale_grad=True) -> (Tensor, Tensor, Tensor)"},
     {"scale_shift", "rms_norm_scale_shift(Tensor input, Tensor? weight, Tensor scale, Tensor? shift=None, *, float eps) -> (Tensor, Tensor)"},
     {"scale_shift", "rms_norm_scale_shift_backward(Tensor grad, Tensor input, Tensor rstd, Tensor? weight, Tensor scale, *, bool input_grad=True, bool scale_grad=True) -> (Tensor, Tensor, Tensor)"},
+    // family block_lora
+    {"block_lora", "block_lora_(Tensor(a!)[] outputs, Tensor input, Tensor[] downs, Tensor[] ups, *, float[] scales, str share=\"input\", float dropout=0.0, Tensor? seed=None, Tensor? step=None, int layer_id=0) -> Tensor"},
+    {"block_lora", "block_lora_backward_(Tensor(a!)? grad_input, Tensor(b!)[] grad_downs, Tensor(c!)[] grad_ups, Tensor[] grads, Tensor input, Tensor hidden, Tensor[] downs, Tensor[] ups, *, float[] scales, str share=\"input\", float dropout=0.0, Tensor? seed=None, Tensor? step=None, int layer_id=0, bool accumulate=False) -> ()"},
     // family half_mask
     {"half_mask", "half_adamw_(Tensor(a!)[] self, Tensor[] grads, Tensor[] live, Tensor[] ranks, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] masters, Tensor[] state_steps, int[] parameter_ids, int[] mask_ids, *, str level, Tensor lr, float beta1, float beta2, float weight_decay, float eps, str eps_mode, bool maximize, str rounding, Tensor? mask_seed=None, Tensor? seed=None, Tensor? offset=None, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"},
     {"half_mask", "random_mask(int count, *, Tensor mask_seed, int mask_id) -> Tensor"},

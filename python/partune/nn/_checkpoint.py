@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from partune.nn._block_lora_config import BlockLoRAConfig
 from partune.nn._layers import TrainedCopy
 from partune.nn._registry import (
     AdapterConfig,
@@ -24,7 +25,9 @@ from partune.nn._registry import (
 from partune.nn._scale_shift_config import ScaleShiftConfig
 
 _FORMAT = "partune adapter, version 1"
-_CONFIGS: dict[str, type[AdapterConfig]] = {config.method: config for config in (ScaleShiftConfig,)}
+_CONFIGS: dict[str, type[AdapterConfig]] = {
+    config.method: config for config in (ScaleShiftConfig, BlockLoRAConfig)
+}
 
 
 def save_adapter(
@@ -104,7 +107,7 @@ def load_adapter(
     plan = planned(model, config, name)
     base = fingerprint(model)
     _check_base(base, wanted, plan, path)
-    _fill(plan, tensors, path)
+    fill(plan, tensors, path)
     add_adapter(model, config, name, plan, base)
     return model
 
@@ -171,7 +174,7 @@ def _check_base(
         )
 
 
-def _fill(
+def fill(
     plan: Mapping[str, Placement], tensors: Mapping[str, Tensor], path: str | os.PathLike[str]
 ) -> None:
     """Put the file's tensors into the plan, where they replace those of the start."""

@@ -44,6 +44,9 @@ class AdaptedLayer(nn.Module):
 
     children_name: ClassVar[str] = ""  # empty: it computes without one
     original_class: ClassVar[type[nn.Module]]
+    mixes: ClassVar[bool] = False  # whether rows of a batch may have adapters of their own
+    subtracts: ClassVar[bool] = False  # whether a merged adapter can be taken out by subtraction
+    replaces: ClassVar[bool] = False  # its own parameters by others, when merged
     active_adapter: str
 
     @property
@@ -58,6 +61,16 @@ class AdaptedLayer(nn.Module):
         Raises:
             ValueError: there are none; the message goes on from the layer's name.
         """
+        raise NotImplementedError
+
+    @classmethod
+    def subtracted(cls, module: nn.Module, adapter: nn.Module) -> dict[str, Tensor]:
+        """The parameters of a plain layer into which an adapter was merged, without it."""
+        raise NotImplementedError
+
+    @staticmethod
+    def of_rows(adapter: nn.Module, input: Tensor, base: Tensor) -> Tensor:
+        """The output of rows that have this adapter, given the plain layer's."""
         raise NotImplementedError
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -125,7 +138,7 @@ def activate(module: nn.Module, layer: type[AdaptedLayer], name: str) -> None:
 def deactivate(module: nn.Module) -> None:
     """Give the module its own class back."""
     assert isinstance(module, AdaptedLayer)
-    del module.active_adapter
+    module.__dict__.pop("active_adapter", None)
     module.__class__ = module.original_class  # type: ignore[assignment]
 
 
@@ -145,13 +158,43 @@ def write(module: nn.Module, values: Mapping[str, Tensor]) -> None:
             module.elementwise_affine = module.affine = True  # type: ignore[assignment]
 
 
+def restore(module: nn.Module, values: Mapping[str, Tensor | None]) -> None:
+    """Give a layer back what `write` overwrote; None for what it created."""
+    for name, value in values.items():
+        if value is None:
+            module.register_parameter(name, None)
+            if name == "weight":
+                module.elementwise_affine = module.affine = False  # type: ignore[assignment]
+        else:
+            getattr(module, name).data.copy_(value)
+
+
+@torch.no_grad()
+def computes_with(layer: AdaptedLayer, merged: Mapping[str, Tensor], input: Tensor) -> bool:
+    """Whether the plain layer with these parameters computes the same: tried on an input."""
+    trial = copy.deepcopy(layer).double().eval()
+    wanted = trial(input.double())
+    deactivate(trial)
+    delattr(trial, layer.children_name)
+    write(trial, merged)
+    tolerance = 1e-5 * float(wanted.abs().amax())
+    return bool(((trial(input.double()) - wanted).abs() <= tolerance).all())
+
+
 class TrainedCopy(AdaptedLayer):
     """A layer of the head: a copy of it is trained and used, the original stays as it was."""
 
     children_name = "trained"
+    mixes = True
+    replaces = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.adapter(*args, **kwargs)
+
+    @staticmethod
+    def of_rows(adapter: nn.Module, input: Tensor, base: Tensor) -> Tensor:
+        output: Tensor = adapter(input)
+        return output
 
     def merged(self) -> dict[str, Tensor]:
         return {key: value.detach() for key, value in self.adapter.state_dict().items()}

@@ -1,4 +1,4 @@
-"""merge: fold an adapter into the weights of the plain layers."""
+"""merge and unmerge: fold an adapter into the weights of the plain layers, and take it out."""
 
 from __future__ import annotations
 
@@ -12,8 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from partune.nn._layers import AdaptedLayer, base_state, write
-from partune.nn._registry import attached, detach, registry_of
+from partune.nn._layers import AdaptedLayer, base_state, restore, write
+from partune.nn._registry import (
+    Adapter,
+    AdapterConfig,
+    Placement,
+    add_adapter,
+    attached,
+    detach,
+    forget_merged,
+    lock_merged,
+    registry_of,
+)
 
 _BIAS_FLAGS = ("attention_bias", "mlp_bias", "qkv_bias", "use_bias", "bias")  # of transformers
 
@@ -35,27 +45,44 @@ class MergeReport:
     biases: tuple[str, ...]
 
 
-def merge(model: nn.Module, batch: Any = None, *, name: str | None = None) -> MergeReport:
+@dataclass
+class Merged:
+    """What `unmerge` needs: the adapter as a plan, and what of the base can't be told otherwise."""
+
+    name: str
+    config: AdapterConfig
+    plan: dict[str, Placement]
+    overwritten: dict[str, dict[str, Tensor | None]]  # by layer; None: created by the merge
+    flags: tuple[str, ...]  # of the model's config
+
+
+def merge(
+    model: nn.Module, batch: Any = None, *, name: str | None = None, keep: str | None = None
+) -> MergeReport:
     """Fold an adapter into the base's weights, in float32: the plain model then computes the same.
 
     The layers get their own classes back and nothing of the adapter is left over, so the model
     saves, loads and runs as any of its kind. A bias is created where a shift needs one: in a
     transformers model only if its config can say so (`attention_bias` and the like, which are then
     set), because `from_pretrained` drops what the config doesn't know. `detach` before merging
-    gives the base back; afterwards nothing does.
+    gives the base back; afterwards only `unmerge` does, if something was kept for it.
 
     Args:
         batch: to measure the drift with, in eval mode: a tensor, a tuple of positional or a mapping
             of keyword arguments. None: not measured.
         name: of the adapter, the only one attached; None: that one.
+        keep: for `unmerge`, outside of the state_dict: "original", the weights as they were, which
+            come back bit for bit; "adapter", the adapter alone, which takes next to no memory and
+            is subtracted again, exact but for rounding; None: nothing.
 
     Raises:
         ValueError: no adapter or several; a shift where no bias can be (RMSNorm, a layer whose bias
-            the config can't express); BatchNorm in training mode; a weight that is shared with
-            another module; a layer whose own forward doesn't scale with its weight. Then nothing is
-            changed.
+            the config can't express); BatchNorm in training mode; a weight that is quantised or
+            shared with another module; a layer whose own forward doesn't follow its weight;
+            keep="adapter" for one that can't be subtracted (SSF's). Then nothing is changed.
 
-    Reference: Scaling & Shifting Your Features (arXiv 2210.08823), section 3.3.
+    Reference: Scaling & Shifting Your Features (arXiv 2210.08823), section 3.3; LoRA (arXiv
+    2106.09685), section 4.1.
 
     Example:
         >>> from partune.nn import ScaleShiftConfig, attach
@@ -63,6 +90,8 @@ def merge(model: nn.Module, batch: Any = None, *, name: str | None = None) -> Me
         >>> merge(model, torch.ones(2, 4)).relative_drift < 1e-5
         True
     """
+    if keep not in (None, "original", "adapter"):
+        raise ValueError(f"keep: got {keep!r}, want 'original', 'adapter' or None")
     name, adapter = attached(model, name)
     registry = registry_of(model)
     assert registry is not None
@@ -77,21 +106,106 @@ def merge(model: nn.Module, batch: Any = None, *, name: str | None = None) -> Me
         for layer_name, layer in adapter.layers.items()
         if layer.children_name
     }
-    _refuse_shared(model, merged)
+    refuse_shared(model, merged)
     created = _created(model, merged)
     flags, zeros = expressed(model, created) if created else ((), [])
+    layers = len(merged)
+    for bias in zeros:
+        layer_name = bias.removesuffix(".bias")
+        size = len(model.get_parameter(f"{layer_name}.weight"))
+        merged.setdefault(layer_name, {})["bias"] = torch.zeros(size)
+    kept = None if keep is None else _kept(model, name, adapter, merged, flags, keep)
     before = None if batch is None else _outputs(model, batch)
     detach(model)
     for layer_name, parameters in merged.items():
         write(model.get_submodule(layer_name), parameters)
-    for bias in zeros:
-        layer_name = bias.removesuffix(".bias")
-        module = model.get_submodule(layer_name)
-        write(module, {"bias": torch.zeros(len(model.get_parameter(f"{layer_name}.weight")))})
     for flag in flags:
         setattr(model.config, flag, True)
+    if kept is not None:
+        lock_merged(model, registry, kept)
     drift, relative = (None, None) if before is None else _drift(before, _outputs(model, batch))
-    return MergeReport(len(merged), drift, relative, (*created, *zeros))
+    return MergeReport(layers, drift, relative, (*created, *zeros))
+
+
+def unmerge(model: nn.Module, batch: Any = None) -> MergeReport:
+    """Take a merged adapter out of the weights again; it is attached and active as before.
+
+    With what `merge` kept: keep="original" gives the base back bit for bit, keep="adapter"
+    subtracts in float32, which leaves the rounding of the weights' dtype, twice.
+
+    Args:
+        batch: to measure the drift between merged and unmerged with, as for `merge`.
+
+    Returns:
+        What changed; `biases` are those that were removed.
+
+    Raises:
+        ValueError: nothing is merged, or nothing was kept.
+
+    Example:
+        >>> from partune.nn import BlockLoRAConfig, attach
+        >>> model = attach(nn.Sequential(nn.Linear(4, 8)), BlockLoRAConfig())
+        >>> report = merge(model, keep="original")
+        >>> unmerge(model).layers
+        1
+    """
+    registry = registry_of(model)
+    if registry is None or registry.merged is None:
+        raise ValueError(
+            f"model: got a {type(model).__name__} into which nothing is merged; only "
+            "merge(model, keep='original') or keep='adapter' can be undone"
+        )
+    merged: Merged = registry.merged
+    values = dict(merged.overwritten)
+    for layer_name, placement in merged.plan.items():
+        module = model.get_submodule(layer_name)
+        if placement.adapter is not None:
+            placement.adapter.to(next(module.parameters()).device)
+            if layer_name not in values:
+                values[layer_name] = {**placement.layer.subtracted(module, placement.adapter)}
+    before = None if batch is None else _outputs(model, batch)
+    for layer_name, parameters in values.items():
+        restore(model.get_submodule(layer_name), parameters)
+    for flag in merged.flags:
+        setattr(model.config, flag, False)
+    forget_merged(model)
+    add_adapter(model, merged.config, merged.name, merged.plan, registry.fingerprint)
+    drift, relative = (None, None) if before is None else _drift(before, _outputs(model, batch))
+    removed = [f"{n}.{p}" for n, of in values.items() for p, value in of.items() if value is None]
+    layers = sum(placement.adapter is not None for placement in merged.plan.values())
+    return MergeReport(layers, drift, relative, tuple(removed))
+
+
+def _kept(
+    model: nn.Module,
+    name: str,
+    adapter: Adapter,
+    merged: Mapping[str, Mapping[str, Tensor]],
+    flags: tuple[str, ...],
+    keep: str,
+) -> Merged:
+    """What `unmerge` will need: with keep="adapter" none of what can be subtracted from."""
+    plan = {}
+    for layer_name, layer in adapter.layers.items():
+        module = model.get_submodule(layer_name)
+        own = getattr(module, layer.children_name)[name] if layer.children_name else None
+        plan[layer_name] = Placement(layer, own)
+    overwritten: dict[str, dict[str, Tensor | None]] = {}
+    for layer_name, parameters in merged.items():
+        module = model.get_submodule(layer_name)
+        replaced = layer_name not in plan or plan[layer_name].layer.replaces
+        if keep == "original" or replaced:
+            before = {parameter: getattr(module, parameter) for parameter in parameters}
+            overwritten[layer_name] = {
+                parameter: None if value is None else value.detach().clone()
+                for parameter, value in before.items()
+            }
+        elif not plan[layer_name].layer.subtracts:
+            raise ValueError(
+                f"keep: got 'adapter', but what a {type(adapter.config).__name__}'s adapter did to "
+                f"{layer_name} can't be subtracted; want 'original'"
+            )
+    return Merged(name, adapter.config, plan, overwritten, flags)
 
 
 def _merged(model: nn.Module, name: str) -> dict[str, Tensor]:
@@ -113,7 +227,7 @@ def _created(model: nn.Module, merged: Mapping[str, Mapping[str, Tensor]]) -> li
     ]
 
 
-def _refuse_shared(model: nn.Module, names: Iterable[str]) -> None:
+def refuse_shared(model: nn.Module, names: Iterable[str]) -> None:
     """Weights that another module reads too would change there as well."""
     owners: dict[Tensor, set[nn.Module]] = {}
     for module in model.modules():

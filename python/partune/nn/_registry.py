@@ -1,8 +1,9 @@
-"""The one registry of a model's adapters: attach, detach, set_adapter."""
+"""The one registry of a model's adapters: attach, detach, set_adapter, disable_adapter."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -16,10 +17,14 @@ _ATTRIBUTE = "_partune_adapters"
 
 @dataclass(frozen=True)
 class Placement:
-    """What becomes of one module: its class, and what it computes with."""
+    """What becomes of one module: its class, and what it computes with.
+
+    Without an adapter it is computed by another, whose name is `within`.
+    """
 
     layer: type[AdaptedLayer]
     adapter: nn.Module | None = None
+    within: str | None = None
 
 
 class AdapterConfig:
@@ -55,6 +60,8 @@ class Registry:
     required_grad: dict[str, bool]
     adapters: dict[str, Adapter] = field(default_factory=dict)
     active: str | None = None
+    lock: str | None = None  # why the adapters can't be changed now
+    merged: Any = None  # what `unmerge` needs
 
 
 def registry_of(model: nn.Module) -> Registry | None:
@@ -62,9 +69,28 @@ def registry_of(model: nn.Module) -> Registry | None:
     return registry
 
 
+def unlocked(model: nn.Module) -> Registry | None:
+    """The registry of a model whose adapters may be changed."""
+    registry = registry_of(model)
+    if registry is not None and registry.lock is not None:
+        raise ValueError(f"model: {registry.lock}")
+    return registry
+
+
+@contextmanager
+def locked(model: nn.Module, why: str) -> Iterator[None]:
+    registry = unlocked(model)
+    assert registry is not None
+    registry.lock = why
+    try:
+        yield
+    finally:
+        registry.lock = None
+
+
 def attached(model: nn.Module, name: str | None, argument: str = "name") -> tuple[str, Adapter]:
     """An adapter by its name, or the active one."""
-    registry = registry_of(model)
+    registry = unlocked(model)
     if registry is None:
         raise ValueError(f"model: got a {type(model).__name__} without adapters; attach one first")
     if name is None and registry.active is None:
@@ -83,11 +109,11 @@ def attach(model: nn.Module, config: AdapterConfig, *, name: str = "default") ->
 
     The layers that the config chooses get subclasses of their own classes and keep their names and
     parameters, so the base's state_dict keys stay as they are. What is added has keys of its own,
-    `<layer>.scale_shift.<name>.scale` for one.
+    `<layer>.scale_shift.<name>.scale` or `<layer>.block_lora.<name>.down`.
 
     Args:
         model: any module; its weights have to be loaded, for the fingerprint of the base is taken.
-        config: a `ScaleShiftConfig`.
+        config: a `ScaleShiftConfig` or a `BlockLoRAConfig`.
         name: under which `set_adapter`, `detach`, `merge` and `save_adapter` find it.
 
     Returns:
@@ -113,10 +139,10 @@ def attach(model: nn.Module, config: AdapterConfig, *, name: str = "default") ->
 def planned(model: nn.Module, config: AdapterConfig, name: str) -> Mapping[str, Placement]:
     """The config's plan for the model, which stays untouched; errors say what can't be."""
     if not isinstance(config, AdapterConfig):
-        raise TypeError(f"config: got {type(config).__name__}, want one like ScaleShiftConfig()")
+        raise TypeError(f"config: got {type(config).__name__}, want one like BlockLoRAConfig()")
     if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"name: got {name!r}, want an identifier, such as 'default'")
-    registry = registry_of(model)
+    registry = unlocked(model)
     if registry is not None and name in registry.adapters:
         raise ValueError(f"name: {name!r} is attached already; detach it or choose another name")
     ours = set() if registry is None else {n for a in registry.adapters.values() for n in a.layers}
@@ -175,7 +201,7 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
         >>> type(model[0]).__name__
         'Linear'
     """
-    registry = registry_of(model)
+    registry = unlocked(model)
     if name is not None or registry is None:
         attached(model, name or "")
     assert registry is not None
@@ -189,6 +215,30 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
     registry.active = name
 
 
+@contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[None]:
+    """Compute with the base alone, and with the active adapter again afterwards.
+
+    Raises:
+        ValueError: a model without adapters.
+
+    Example:
+        >>> from torch import nn
+        >>> from partune.nn import ScaleShiftConfig, attach
+        >>> model = attach(nn.Sequential(nn.Linear(4, 8)), ScaleShiftConfig())
+        >>> with disable_adapter(model):
+        ...     type(model[0]).__name__
+        'Linear'
+    """
+    registry = unlocked(model)
+    active = None if registry is None else registry.active
+    set_adapter(model, None)
+    try:
+        yield
+    finally:
+        set_adapter(model, active)
+
+
 def _deactivate(model: nn.Module, registry: Registry) -> None:
     if registry.active is not None:
         for layer_name, layer in registry.adapters[registry.active].layers.items():
@@ -197,6 +247,18 @@ def _deactivate(model: nn.Module, registry: Registry) -> None:
                 module.adapter.requires_grad_(False)
             deactivate(module)
     registry.active = None
+
+
+def lock_merged(model: nn.Module, registry: Registry, merged: Any) -> None:
+    """Keep, of a registry without adapters, what tells the base and undoes a merge."""
+    why = "an adapter is merged into its weights; call unmerge(model) first"
+    model.__dict__[_ATTRIBUTE] = Registry(
+        registry.fingerprint, registry.required_grad, lock=why, merged=merged
+    )
+
+
+def forget_merged(model: nn.Module) -> None:
+    del model.__dict__[_ATTRIBUTE]
 
 
 def detach(model: nn.Module, name: str | None = None) -> nn.Module:
@@ -221,7 +283,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
           (0): Linear(in_features=4, out_features=8, bias=True)
         )
     """
-    registry = registry_of(model)
+    registry = unlocked(model)
     if name is not None or registry is None:
         attached(model, name or "")
     assert registry is not None

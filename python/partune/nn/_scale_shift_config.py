@@ -15,13 +15,12 @@ from partune.nn._layers import TrainedCopy
 from partune.nn._registry import AdapterConfig, Placement
 from partune.nn._scale_shift_layers import FusedActivation, ScaleShiftLayer
 from partune.nn._scale_shift_sites import (
+    RULES,
     channel_dim_of,
-    head_names,
     is_decoder,
     layer_for,
-    site_names,
-    trained_layers,
 )
+from partune.nn._targets import check_names, head_names, target_names, trained_layers
 from partune.nn.scale_shift import INIT_STD, ScaleShift
 
 
@@ -71,15 +70,12 @@ class ScaleShiftConfig(AdapterConfig):
             raise ValueError(f"channel_dim: got {self.channel_dim!r}, want None, -1 or 1")
         if not self.init_std >= 0.0:
             raise ValueError(f"init_std: got {self.init_std}, want at least 0")
-        if isinstance(self.modules_to_save, str):
-            raise TypeError(
-                f"modules_to_save: got the string {self.modules_to_save!r}, want a list of names"
-            )
+        check_names("modules_to_save", self.modules_to_save)
 
     def plan(self, model: nn.Module) -> Mapping[str, Placement]:
         """Say what becomes of which module; the model stays as it is."""
         heads = head_names(model, self.modules_to_save)
-        sites = site_names(model, self.target_modules, heads)
+        sites = target_names(model, self.target_modules, heads, RULES)
         decoder = self.shift is None and is_decoder(model)
         plan: dict[str, Placement] = {}
         fusing: dict[str, ScaleShift] = {}
@@ -90,7 +86,7 @@ class ScaleShiftConfig(AdapterConfig):
                 fusing[name] = adapter
         for name, (activation, kind) in activations_after(model, fusing).items():
             fusing[name].activation = kind
-            plan[activation] = Placement(FusedActivation)
+            plan[activation] = Placement(FusedActivation, within=name)
         for name in dict.fromkeys(trained_layers(model, heads)):
             plan[name] = Placement(TrainedCopy, TrainedCopy.of(model.get_submodule(name)))
         return plan

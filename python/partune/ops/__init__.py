@@ -1,6 +1,12 @@
 """The core's ops in Python: signatures, checks, fake kernels and plain-torch references."""
 
 from partune.ops._scale_shift_autograd import kept_inputs
+from partune.ops.block_lora import (
+    block_lora,
+    block_lora_,
+    block_lora_backward_,
+    block_lora_linear,
+)
 from partune.ops.half_mask import half_adamw_, mask_counts, mask_ranks, random_mask
 from partune.ops.scale_shift import scale_shift, scale_shift_, scale_shift_backward
 from partune.ops.scale_shift_norm import (
@@ -13,6 +19,10 @@ from partune.ops.select import random_scores, threshold_csr, topk_csr, topk_csr_
 from partune.ops.sparse_adamw import found_inf_, remap_, sparse_adamw_
 
 __all__ = [
+    "block_lora",
+    "block_lora_",
+    "block_lora_backward_",
+    "block_lora_linear",
     "found_inf_",
     "half_adamw_",
     "kept_inputs",

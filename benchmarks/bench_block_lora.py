@@ -1,0 +1,105 @@
+"""Family block_lora over the frozen linear, beside peft's LoRA, forward and backward together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+
+from conftest import Comparison
+from partune import _native, ops
+
+FORWARD = torch.ops.partune.block_lora_.default
+BACKWARD = torch.ops.partune.block_lora_backward_.default
+# tokens, in, out; and the most that adapters may take of a frozen step.
+SHAPES = {(2048, 1024, 1024): 1.10, (2048, 1024, 4096): 1.10, (512, 4096, 4096): 1.05}
+DTYPES = [torch.float32, torch.bfloat16]
+DROPOUT = 0.05
+FROZEN, PEFT = "the frozen linear", "peft's LoRA"
+# Bars are for the machine's best instruction set.
+HAS_BARS = _native.require().cpu_isa() == "avx512"
+
+
+class Layer:
+    """A frozen linear, the same with our adapter and with peft's, and a step through each."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        rank: int,
+        dropout: float = 0.0,
+        blocks: int = 2,
+    ) -> None:
+        tokens, features, out = shape
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.randn(size, generator=generator).to(dtype)
+
+        self.dropout = dropout
+        self.x = draw(tokens, features, dtype=dtype).requires_grad_()
+        self.grad = draw(tokens, out, dtype=dtype)
+        self.linear = nn.Linear(features, out, dtype=dtype).requires_grad_(False)
+        self.down = draw(rank, features // blocks).requires_grad_()
+        self.up = draw(out, rank).requires_grad_()
+        config = peft.LoraConfig(
+            r=rank, lora_alpha=rank, lora_dropout=dropout, target_modules=["0"]
+        )
+        self.peft = peft.get_peft_model(nn.Sequential(self.linear), config).base_model.model[0]
+        self.seed, self.step = torch.tensor(0), torch.tensor(0)
+
+    def ours(self, x: Tensor) -> Tensor:
+        weight, bias = self.peft.base_layer.weight, self.peft.base_layer.bias
+        return ops.block_lora_linear(
+            x, [weight], [bias], [self.down], [self.up],
+            scales=[1.0], dropout=self.dropout, seed=self.seed, step=self.step,
+        )[0]  # fmt: skip
+
+    def run(self, function: Callable[[Tensor], Tensor], trained: list[Tensor]) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(function(self.x), [self.x, *trained], self.grad)
+
+    def compare(self, rounds: int) -> Comparison:
+        peft_trained = [p for p in self.peft.parameters() if p.requires_grad]
+        return Comparison(
+            {
+                "ours": self.run(self.ours, [self.down, self.up]),
+                FROZEN: self.run(self.peft.base_layer, []),
+                PEFT: self.run(self.peft, peft_trained),
+            },
+            rounds,
+        )
+
+
+def overheads(comparison: Comparison) -> tuple[float, float]:
+    """What ours and peft's add to the frozen step, as shares of it."""
+    frozen = comparison.median[FROZEN]
+    return tuple(comparison.median[name] / frozen - 1 for name in ("ours", PEFT))
+
+
+on_shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+on_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+on_ranks = pytest.mark.parametrize("rank", [8, 16], ids=lambda r: f"r{r}")
+
+
+@on_shapes
+@on_dtypes
+@on_ranks
+def test_over_the_frozen_linear(report, note, request, shape, dtype, rank) -> None:
+    comparison = Layer(shape, dtype, rank).compare(rounds=11)
+    ours, pefts = overheads(comparison)
+    note(f"{request.node.name}: {ours:+.1%} over the frozen linear, peft {pefts:+.1%}")
+    report(comparison, {FROZEN: 1 / SHAPES[shape] if HAS_BARS else 0.0}, rounds=1)
+    assert not HAS_BARS or ours <= pefts / 2
+
+
+@on_shapes
+@on_dtypes
+def test_with_dropout(report, note, request, shape, dtype) -> None:
+    comparison = Layer(shape, dtype, 16, DROPOUT).compare(rounds=11)
+    ours, pefts = overheads(comparison)
+    note(f"{request.node.name}: {ours:+.1%} over the frozen linear, peft {pefts:+.1%}")
+    report(comparison, {PEFT: 1.3 if HAS_BARS else 0.0}, rounds=1)

@@ -1,0 +1,221 @@
+// Family block_lora on the CPU: adapters as thin matrices, forward by tiles of tokens, backward by blocks of
+// them, whose sums are added up in their order.
+#include "../binding/block_lora.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <memory>
+
+#include "../kernels/block_lora_cpu.h"
+#include "isa.h"
+#include "scalars.h"
+
+namespace partune {
+namespace {
+
+// Below that many elements a second thread costs more than it saves.
+constexpr int64_t kLoraGrain = 16384;
+// Blocks of tokens that leave sums of their own, and how much memory these may take.
+constexpr int64_t kMostBlocks = 32;
+constexpr int64_t kPartialBytes = int64_t{64} << 20;
+constexpr int64_t kLeastBlockTokens = 2 * kLoraTile;
+
+template <typename Body>
+void by_columns(int64_t columns, int64_t rows, const Body& body) {
+  torch::stable::parallel_for(0, columns, kLoraGrain / (rows + 1) + 1, body);
+}
+
+// A task with the adapters packed; `matrices` are the outputs or their gradients.
+template <typename Real>
+class PackedTask {
+ public:
+  PackedTask(const char* op, const BlockLoraBodies<Real>& bodies, const BlockLoraArguments& a,
+             const BlockLoraGroup& group, const char* name, const LoraTensors& matrices)
+      : members_(matrices.size()) {
+    const BlockLoraShape& shape = group.shape;
+    const std::vector<BlockLoraMemberShape> shapes = members_of(op, name, a, group, matrices);
+    pack_downs(a, shape);
+    int64_t columns = 0, begin = 0;
+    for (const BlockLoraMemberShape& m : shapes) columns += m.rank * m.out;
+    ups_.reset(new Real[size_t(columns)]);
+    for (size_t i = 0; i < shapes.size(); ++i) {
+      const BlockLoraMemberShape& m = shapes[i];
+      Real* packed = ups_.get() + begin;
+      begin += m.rank * m.out;
+      const BlockLoraUp<Real> up{static_cast<const Real*>(a.ups[i].const_data_ptr()),
+                                 group.arms,
+                                 m.out,
+                                 m.rank,
+                                 Real(a.scales[i]),
+                                 packed};
+      by_columns(m.out, m.rank * group.arms, [&](int64_t b, int64_t e) { bodies.pack(up, b, e); });
+      members_[i] = {matrices[i].mutable_data_ptr(), packed, m.out, m.first, m.rank, 0};
+    }
+    task.shape = shape;
+    task.input = a.input.const_data_ptr();
+    task.members = members_.data();
+    task.member_count = int64_t(members_.size());
+    task.dropout = group.dropout;
+    if (group.dropout.dropped) {
+      const uint64_t seed = uint64_t(integer_value(op, "seed", *a.seed));
+      task.key = {uint32_t(seed), uint32_t(seed >> 32)};
+      task.step = uint32_t(integer_value(op, "step", *a.step));
+    }
+  }
+
+  // Lays out a block's sums; how many blocks there are.
+  int64_t lay_out_blocks(bool down_grad, bool up_grad) {
+    const BlockLoraShape& shape = task.shape;
+    int64_t sums = down_grad ? shape.ranks * shape.width : 0;
+    const auto with_hidden = [&](int64_t block_tokens) { return block_tokens * shape.ranks + sums; };
+    for (BlockLoraMember<Real>& m : members_) {
+      m.partial = sums;
+      if (up_grad) sums += m.rank * m.out;
+    }
+    int64_t most = kPartialBytes / (sums * int64_t(sizeof(Real)) + 1);
+    most = most < 1 ? 1 : most > kMostBlocks ? kMostBlocks : most;
+    const int64_t share = (shape.tokens + most - 1) / most;
+    const int64_t rounded = (share + kLeastBlockTokens - 1) / kLeastBlockTokens * kLeastBlockTokens;
+    task.block_tokens = rounded > 0 ? rounded : kLeastBlockTokens;
+    for (BlockLoraMember<Real>& m : members_) m.partial += task.block_tokens * shape.ranks;
+    task.partial_size = with_hidden(task.block_tokens);
+    task.down_grad = down_grad;
+    task.up_grad = up_grad;
+    return (shape.tokens + task.block_tokens - 1) / task.block_tokens;
+  }
+
+  const BlockLoraMember<Real>& member(size_t i) const { return members_[i]; }
+
+  BlockLoraTask<Real> task{};
+
+ private:
+  void pack_downs(const BlockLoraArguments& a, const BlockLoraShape& shape) {
+    if (a.downs.size() == 1) {
+      task.down = static_cast<const Real*>(a.downs[0].const_data_ptr());
+      return;
+    }
+    downs_.reset(new Real[size_t(shape.ranks * shape.width)]);
+    Real* to = downs_.get();
+    for (const Tensor& down : a.downs) {
+      if (down.numel() > 0) __builtin_memcpy(to, down.const_data_ptr(), size_t(down.numel()) * sizeof(Real));
+      to += down.numel();
+    }
+    task.down = downs_.get();
+  }
+
+  std::unique_ptr<Real[]> downs_, ups_;
+  std::vector<BlockLoraMember<Real>> members_;
+};
+
+// body(bodies) with the table of a tensor's dtype.
+template <typename Body>
+void with_lora_bodies(const Tensor& tensor, const Body& body) {
+  const BlockLoraCpu& table = PARTUNE_CPU_TABLE(block_lora_cpu);
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double:
+      return body(table.float64);
+    case ScalarType::Float:
+      return body(table.float32);
+    case ScalarType::BFloat16:
+      return body(table.bfloat16);
+    default:
+      return body(table.half);
+  }
+}
+
+template <typename Real>
+void run_forward(const char* op, const BlockLoraBodies<Real>& bodies, const BlockLoraArguments& a,
+                 const BlockLoraGroup& group, const LoraTensors& outputs, const Tensor& hidden) {
+  PackedTask<Real> packed(op, bodies, a, group, "outputs", outputs);
+  packed.task.hidden = static_cast<Real*>(hidden.mutable_data_ptr());
+  const int64_t tiles = (group.shape.tokens + kLoraTile - 1) / kLoraTile;
+  torch::stable::parallel_for(0, tiles, 1,
+                              [&](int64_t begin, int64_t end) { bodies.forward(packed.task, begin, end); });
+}
+
+Tensor block_lora_(LoraTensors outputs, Tensor input, LoraTensors downs, LoraTensors ups, LoraScales scales,
+                   std::string share, double dropout, std::optional<Tensor> seed, std::optional<Tensor> step,
+                   int64_t layer_id) {
+  const char* op = "block_lora_";
+  STD_TORCH_CHECK(input.is_cpu(), op, ": input must be on the CPU");
+  const BlockLoraArguments a{input, downs, ups, scales, share, dropout, seed, step, layer_id};
+  const BlockLoraGroup group = group_of(op, a);
+  Tensor hidden = torch::stable::empty({group.shape.tokens, group.shape.ranks}, lora_type(input),
+                                       std::nullopt, input.device());
+  with_lora_bodies(input, [&](const auto& bodies) { run_forward(op, bodies, a, group, outputs, hidden); });
+  return hidden;
+}
+
+struct BackwardTensors {
+  const std::optional<Tensor>& grad_input;
+  const LoraTensors &grad_downs, &grad_ups, &grads;
+  const Tensor& hidden;
+  bool accumulate;
+};
+
+template <typename Real>
+void sum_grads(const BlockLoraBodies<Real>& bodies, const BlockLoraArguments& a, const BlockLoraGroup& group,
+               const BackwardTensors& b, const PackedTask<Real>& packed, int64_t blocks) {
+  const BlockLoraTask<Real>& task = packed.task;
+  const auto run = [&](const BlockLoraSum<Real>& sum) {
+    by_columns(sum.columns, sum.rows * (blocks + 1),
+               [&](int64_t begin, int64_t end) { bodies.sum(sum, begin, end); });
+  };
+  const int64_t width = group.shape.width, downs = task.block_tokens * group.shape.ranks;
+  for (size_t i = 0; i < a.downs.size(); ++i) {
+    const BlockLoraMember<Real>& m = packed.member(i);
+    if (!b.grad_downs.empty()) {
+      run({task.partial + downs + m.first * width, blocks, task.partial_size, m.rank, width, Real(1),
+           static_cast<Real*>(b.grad_downs[i].mutable_data_ptr()), width, 1, 1, 0});
+    }
+    if (!b.grad_ups.empty()) {
+      run({task.partial + m.partial, blocks, task.partial_size, m.rank, m.out, Real(a.scales[i]),
+           static_cast<Real*>(b.grad_ups[i].mutable_data_ptr()), 1, m.rank, group.arms, m.out * m.rank});
+    }
+  }
+}
+
+template <typename Real>
+void run_backward(const char* op, const BlockLoraBodies<Real>& bodies, const BlockLoraArguments& a,
+                  const BlockLoraGroup& group, const BackwardTensors& b) {
+  PackedTask<Real> packed(op, bodies, a, group, "grads", b.grads);
+  BlockLoraTask<Real>& task = packed.task;
+  task.hidden = static_cast<Real*>(b.hidden.mutable_data_ptr());
+  task.grad_input = b.grad_input ? b.grad_input->mutable_data_ptr() : nullptr;
+  task.accumulate = b.accumulate;
+  const int64_t blocks = packed.lay_out_blocks(!b.grad_downs.empty(), !b.grad_ups.empty());
+  const std::unique_ptr<Real[]> partial(new Real[size_t(blocks * task.partial_size)]);
+  task.partial = partial.get();
+  torch::stable::parallel_for(0, blocks, 1,
+                              [&](int64_t begin, int64_t end) { bodies.backward(task, begin, end); });
+  sum_grads(bodies, a, group, b, packed, blocks);
+}
+
+void block_lora_backward_(std::optional<Tensor> grad_input, LoraTensors grad_downs, LoraTensors grad_ups,
+                          LoraTensors grads, Tensor input, Tensor hidden, LoraTensors downs, LoraTensors ups,
+                          LoraScales scales, std::string share, double dropout, std::optional<Tensor> seed,
+                          std::optional<Tensor> step, int64_t layer_id, bool accumulate) {
+  const char* op = "block_lora_backward_";
+  STD_TORCH_CHECK(input.is_cpu(), op, ": input must be on the CPU");
+  const BlockLoraArguments a{input, downs, ups, scales, share, dropout, seed, step, layer_id};
+  const BlockLoraGroup group = group_of(op, a);
+  const BlockLoraShape& shape = group.shape;
+  check_matrix_like(op, "hidden", hidden, input, lora_type(input), shape.tokens, shape.ranks);
+  if (grad_input) {
+    check_matrix_like(op, "grad_input", *grad_input, input, input.scalar_type(), shape.tokens,
+                      shape.features);
+  }
+  check_adapter_grads(op, "grad_downs", grad_downs, downs);
+  check_adapter_grads(op, "grad_ups", grad_ups, ups);
+  const BackwardTensors tensors{grad_input, grad_downs, grad_ups, grads, hidden, accumulate};
+  with_lora_bodies(input, [&](const auto& bodies) { run_backward(op, bodies, a, group, tensors); });
+}
+
+}  // namespace
+}  // namespace partune
+
+STABLE_TORCH_LIBRARY_IMPL(partune, CPU, library) {
+  library.impl("block_lora_", TORCH_BOX(&partune::block_lora_));
+  library.impl("block_lora_backward_", TORCH_BOX(&partune::block_lora_backward_));
+}

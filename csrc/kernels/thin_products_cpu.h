@@ -1,0 +1,317 @@
+// Products with a thin matrix [ranks, columns] on the CPU, lanes along the columns. What a row of ranks is
+// multiplied by stays in registers, as blocks of tokens times ranks or columns.
+#pragma once
+#include "vector.h"
+
+namespace partune {
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kRankBlock = 8;     // ranks whose sums are kept in registers
+constexpr int kExpandTokens = 6;  // tokens of a block of `expand`
+constexpr int kExpandVectors = 4;
+#else
+constexpr int kRankBlock = 4;
+constexpr int kExpandTokens = 3;
+constexpr int kExpandVectors = 3;
+#endif
+constexpr int kProjectTokens = 3;
+constexpr int kAccumulateVectors = 3;
+
+// ---- elements as vectors of the computing type ----
+
+PARTUNE_FN Vector<float> widen_vector(const float* from) { return load_vector(from); }
+PARTUNE_FN Vector<double> widen_vector(const double* from) { return load_vector(from); }
+
+typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint32_t FloatBits __attribute__((vector_size(kVectorBytes)));
+
+PARTUNE_FN Vector<float> widen_vector(const BFloat16* from) {
+  Halves bits;
+  __builtin_memcpy(&bits, from, sizeof bits);
+  return (Vector<float>)(__builtin_convertvector(bits, FloatBits) << 16);
+}
+
+PARTUNE_FN Vector<float> widen_vector(const Half* from) {
+#if defined(__AVX512F__)
+  return (Vector<float>)_mm512_maskz_cvtph_ps(0xffff,
+                                              _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__AVX2__)
+  return (Vector<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#else
+  Vector<float> wide;
+  for (int i = 0; i < kLanes<float>; ++i) wide[i] = widen(from[i]);
+  return wide;
+#endif
+}
+
+PARTUNE_FN void round_vector(Vector<float> v, float* to) { store_vector(v, to); }
+PARTUNE_FN void round_vector(Vector<double> v, double* to) { store_vector(v, to); }
+
+PARTUNE_FN void round_vector(Vector<float> v, BFloat16* to) {
+  const FloatBits bits = (FloatBits)v;
+  const FloatBits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const FloatBits nan = (FloatBits)((bits & 0x7fffffffu) > 0x7f800000u);
+  const Halves out = __builtin_convertvector((nan & (bits >> 16 | 0x40u)) | (~nan & rounded), Halves);
+  __builtin_memcpy(to, &out, sizeof out);
+}
+
+PARTUNE_FN void round_vector(Vector<float> v, Half* to) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                      _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kLanes<float>; ++i) round_nearest(v[i], to[i]);
+#endif
+}
+
+// The first `count` elements, zeros behind them; and the store of as many.
+template <typename Real, typename Stored>
+PARTUNE_FN Vector<Real> widen_first(const Stored* from, int64_t count) {
+  if (count >= kLanes<Real>) return widen_vector(from);
+  Stored padded[kLanes<Real>] = {};
+  __builtin_memcpy(padded, from, uint64_t(count) * sizeof(Stored));
+  return widen_vector(padded);
+}
+
+template <typename Real, typename Stored>
+PARTUNE_FN void round_first(Vector<Real> v, Stored* to, int64_t count) {
+  if (count >= kLanes<Real>) {
+    round_vector(v, to);
+    return;
+  }
+  Stored padded[kLanes<Real>];
+  round_vector(v, padded);
+  __builtin_memcpy(to, padded, uint64_t(count) * sizeof(Stored));
+}
+
+template <typename Real>
+PARTUNE_FN Real sum_lanes(Vector<Real> v) {
+  Real lanes[kLanes<Real>];
+  store_vector(v, lanes);
+  for (int half = kLanes<Real> / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
+}
+
+// out[i] += the sum of v[i]'s lanes.
+template <int kCount, typename Real>
+PARTUNE_FN void add_lane_sums(const Vector<Real> (&v)[kCount], Real* out) {
+  for (int i = 0; i < kCount; ++i) out[i] += sum_lanes<Real>(v[i]);
+}
+
+#if defined(__AVX512F__)
+PARTUNE_FN __m256 fold(Vector<float> v) {
+  const __m512 all = (__m512)v;
+  return _mm256_add_ps(_mm512_maskz_extractf32x8_ps(0xff, all, 0),
+                       _mm512_maskz_extractf32x8_ps(0xff, all, 1));
+}
+PARTUNE_FN void add_lane_sums(const Vector<float> (&v)[8], float* out) {
+  const __m256 a =
+      _mm256_hadd_ps(_mm256_hadd_ps(fold(v[0]), fold(v[1])), _mm256_hadd_ps(fold(v[2]), fold(v[3])));
+  const __m256 b =
+      _mm256_hadd_ps(_mm256_hadd_ps(fold(v[4]), fold(v[5])), _mm256_hadd_ps(fold(v[6]), fold(v[7])));
+  const __m256 sums = _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+  _mm256_storeu_ps(out, _mm256_add_ps(_mm256_loadu_ps(out), sums));
+}
+#endif
+
+// A matrix whose rows lie `stride` elements apart.
+template <typename T>
+struct Rows {
+  T* at;
+  int64_t stride;
+  PARTUNE_MEMBER T* row(int64_t i) const { return at + i * stride; }
+};
+
+// Calls body.run<n>(begin) for runs of kMost, and then of half as many, until [0, count) is done.
+template <int kMost, typename Body>
+PARTUNE_FN void in_runs(int64_t count, const Body& body, int64_t begin = 0) {
+  for (; begin + kMost <= count; begin += kMost) body.template run<kMost>(begin);
+  if constexpr (kMost > 1) in_runs<kMost / 2>(count, body, begin);
+}
+
+// ---- products[token][rank] += Σ x[token][column]·thin[rank][column] ----
+
+template <int kTokens, int kRanks, typename Real>
+PARTUNE_FN void project_block(Rows<const Real> x, Rows<const Real> thin, int64_t columns,
+                              Rows<Real> products) {
+  constexpr int kStep = kLanes<Real>;
+  Vector<Real> sums[kTokens][kRanks] = {};
+  const auto add = [&](int64_t column, int64_t count) __attribute__((always_inline)) {
+    Vector<Real> read[kTokens];
+    PARTUNE_UNROLL
+    for (int i = 0; i < kTokens; ++i) read[i] = widen_first<Real>(x.row(i) + column, count);
+    PARTUNE_UNROLL
+    for (int j = 0; j < kRanks; ++j) {
+      const Vector<Real> factor = widen_first<Real>(thin.row(j) + column, count);
+      PARTUNE_UNROLL
+      for (int i = 0; i < kTokens; ++i) sums[i][j] = multiply_add(read[i], factor, sums[i][j]);
+    }
+  };
+  int64_t column = 0;
+  for (; column + kStep <= columns; column += kStep) add(column, kStep);
+  if (column < columns) add(column, columns - column);
+  PARTUNE_UNROLL
+  for (int i = 0; i < kTokens; ++i) add_lane_sums(sums[i], products.row(i));
+}
+
+template <int kRanks, typename Real>
+struct ProjectTokens {
+  Rows<const Real> x, thin;
+  int64_t columns;
+  Rows<Real> products;
+  template <int kTokens>
+  PARTUNE_MEMBER void run(int64_t token) const {
+    project_block<kTokens, kRanks>({x.row(token), x.stride}, thin, columns,
+                                   {products.row(token), products.stride});
+  }
+};
+
+template <typename Real>
+struct ProjectRanks {
+  Rows<const Real> x, thin;
+  int64_t columns;
+  Rows<Real> products;
+  int64_t tokens;
+  template <int kRanks>
+  PARTUNE_MEMBER void run(int64_t rank) const {
+    const ProjectTokens<kRanks, Real> body{
+        x, {thin.row(rank), thin.stride}, columns, {products.at + rank, products.stride}};
+    in_runs<kProjectTokens>(tokens, body);
+  }
+};
+
+template <typename Real>
+void project(Rows<const Real> x, int64_t tokens, Rows<const Real> thin, int64_t ranks, int64_t columns,
+             Rows<Real> products) {
+  in_runs<kRankBlock>(ranks, ProjectRanks<Real>{x, thin, columns, products, tokens});
+}
+
+// ---- sums[rank][column] += Σ factors[token][rank]·x[token][column] ----
+
+template <int kRanks, int kVectors, typename Real>
+PARTUNE_FN void accumulate_block(Rows<const Real> factors, Rows<const Real> x, int64_t tokens, int64_t last,
+                                 Rows<Real> sums) {
+  constexpr int kStep = kLanes<Real>;
+  // Of the last vector `last` elements exist.
+  const auto count = [&](int k)
+                         __attribute__((always_inline)) { return k + 1 < kVectors ? int64_t(kStep) : last; };
+  Vector<Real> kept[kRanks][kVectors];
+  PARTUNE_UNROLL
+  for (int j = 0; j < kRanks; ++j) {
+    PARTUNE_UNROLL
+    for (int k = 0; k < kVectors; ++k) kept[j][k] = widen_first<Real>(sums.row(j) + k * kStep, count(k));
+  }
+  for (int64_t token = 0; token < tokens; ++token) {
+    Vector<Real> read[kVectors];
+    PARTUNE_UNROLL
+    for (int k = 0; k < kVectors; ++k) read[k] = widen_first<Real>(x.row(token) + k * kStep, count(k));
+    PARTUNE_UNROLL
+    for (int j = 0; j < kRanks; ++j) {
+      const Vector<Real> factor = Vector<Real>{} + factors.row(token)[j];
+      PARTUNE_UNROLL
+      for (int k = 0; k < kVectors; ++k) kept[j][k] = multiply_add(factor, read[k], kept[j][k]);
+    }
+  }
+  PARTUNE_UNROLL
+  for (int j = 0; j < kRanks; ++j) {
+    PARTUNE_UNROLL
+    for (int k = 0; k < kVectors; ++k) round_first<Real>(kept[j][k], sums.row(j) + k * kStep, count(k));
+  }
+}
+
+template <typename Real>
+struct AccumulateRanks {
+  Rows<const Real> factors, x;
+  int64_t tokens, columns;
+  Rows<Real> sums;
+  template <int kRanks>
+  PARTUNE_MEMBER void run(int64_t rank) const {
+    constexpr int kStep = kLanes<Real>;
+    const Rows<const Real> left{factors.at + rank, factors.stride};
+    int64_t column = 0;
+    for (; column + kAccumulateVectors * kStep <= columns; column += kAccumulateVectors * kStep) {
+      accumulate_block<kRanks, kAccumulateVectors>(left, {x.at + column, x.stride}, tokens, int64_t(kStep),
+                                                   {sums.row(rank) + column, sums.stride});
+    }
+    for (; column < columns; column += kStep) {
+      const int64_t rest = columns - column;
+      accumulate_block<kRanks, 1>(left, {x.at + column, x.stride}, tokens, rest < kStep ? rest : kStep,
+                                  {sums.row(rank) + column, sums.stride});
+    }
+  }
+};
+
+template <typename Real>
+void accumulate(Rows<const Real> factors, Rows<const Real> x, int64_t tokens, int64_t ranks, int64_t columns,
+                Rows<Real> sums) {
+  in_runs<kRankBlock>(ranks, AccumulateRanks<Real>{factors, x, tokens, columns, sums});
+}
+
+// ---- out[token][column] = (add ? out : 0) + Σ factors[token][rank]·thin[rank][column] ----
+
+template <int kTokens, int kVectors, typename Stored, typename Real>
+PARTUNE_FN void expand_block(Rows<const Real> factors, Rows<const Real> thin, int64_t ranks, bool add,
+                             int64_t last, Rows<Stored> out) {
+  constexpr int kStep = kLanes<Real>;
+  const auto count = [&](int k)
+                         __attribute__((always_inline)) { return k + 1 < kVectors ? int64_t(kStep) : last; };
+  Vector<Real> kept[kTokens][kVectors] = {};
+  if (add) {
+    PARTUNE_UNROLL
+    for (int i = 0; i < kTokens; ++i) {
+      PARTUNE_UNROLL
+      for (int k = 0; k < kVectors; ++k) kept[i][k] = widen_first<Real>(out.row(i) + k * kStep, count(k));
+    }
+  }
+  for (int64_t rank = 0; rank < ranks; ++rank) {
+    Vector<Real> read[kVectors];
+    PARTUNE_UNROLL
+    for (int k = 0; k < kVectors; ++k) read[k] = widen_first<Real>(thin.row(rank) + k * kStep, count(k));
+    PARTUNE_UNROLL
+    for (int i = 0; i < kTokens; ++i) {
+      const Vector<Real> factor = Vector<Real>{} + factors.row(i)[rank];
+      PARTUNE_UNROLL
+      for (int k = 0; k < kVectors; ++k) kept[i][k] = multiply_add(factor, read[k], kept[i][k]);
+    }
+  }
+  PARTUNE_UNROLL
+  for (int i = 0; i < kTokens; ++i) {
+    PARTUNE_UNROLL
+    for (int k = 0; k < kVectors; ++k) round_first<Real>(kept[i][k], out.row(i) + k * kStep, count(k));
+  }
+}
+
+template <typename Stored, typename Real>
+struct ExpandTokens {
+  Rows<const Real> factors, thin;
+  int64_t ranks, columns;
+  bool add;
+  Rows<Stored> out;
+  template <int kTokens>
+  PARTUNE_MEMBER void run(int64_t token) const {
+    constexpr int kStep = kLanes<Real>;
+    const Rows<const Real> left{factors.row(token), factors.stride};
+    int64_t column = 0;
+    for (; column + kExpandVectors * kStep <= columns; column += kExpandVectors * kStep) {
+      expand_block<kTokens, kExpandVectors>(left, {thin.at + column, thin.stride}, ranks, add, int64_t(kStep),
+                                            Rows<Stored>{out.row(token) + column, out.stride});
+    }
+    for (; column < columns; column += kStep) {
+      const int64_t rest = columns - column;
+      expand_block<kTokens, 1>(left, {thin.at + column, thin.stride}, ranks, add, rest < kStep ? rest : kStep,
+                               Rows<Stored>{out.row(token) + column, out.stride});
+    }
+  }
+};
+
+template <typename Stored, typename Real>
+void expand(Rows<const Real> factors, int64_t tokens, Rows<const Real> thin, int64_t ranks, int64_t columns,
+            bool add, Rows<Stored> out) {
+  in_runs<kExpandTokens>(tokens, ExpandTokens<Stored, Real>{factors, thin, ranks, columns, add, out});
+}
+
+}  // namespace partune

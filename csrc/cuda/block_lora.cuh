@@ -6,7 +6,7 @@
 namespace partune {
 
 // About as many blocks as fill a large GPU; with more, more sums would have to be added up.
-constexpr int64_t kLoraBlocks = 512;
+constexpr int kLoraBlocks = 512;
 
 template <typename Stored, typename Real>
 class BlockLora {
@@ -21,7 +21,7 @@ class BlockLora {
   static int64_t column_tiles(int64_t width) { return (width + Tile::kColumns - 1) / Tile::kColumns; }
 
   static int64_t block_tokens(int64_t tokens, int64_t width) {
-    const int64_t share = tokens * column_tiles(width) / (kLoraBlocks * Tile::kTokens);
+    const int64_t share = tokens * column_tiles(width) / (int64_t{kLoraBlocks} * Tile::kTokens);
     return (share < 1 ? 1 : share > 8 ? 8 : share) * Tile::kTokens;
   }
 

@@ -5,7 +5,7 @@
 // float64 are multiplied as they are.
 //
 // Bytes moved: as block_lora.h counts them; products of a tile of columns and sums of a block of tokens are
-// written and read again, 4·ranks/kColumns and 4·ranks/block_tokens per element.
+// written and read again, 4·ranks/kLoraTileColumns and 4·ranks/block_tokens per element.
 #pragma once
 #include "block_lora_tasks.h"
 #include "wide.cuh"
@@ -14,12 +14,14 @@ namespace partune {
 
 constexpr int kLoraBlock = 256;
 constexpr int kLoraRanks = 16;  // multiplied at a time
+constexpr int kLoraTileTokens = 64;
+constexpr int kLoraTileColumns = 128;
 
 template <typename Stored>
 struct LoraTile {
   static constexpr bool kTensor = sizeof(Stored) == 2;
-  static constexpr int kTokens = sizeof(Stored) == 8 ? 32 : 64;
-  static constexpr int kColumns = sizeof(Stored) == 8 ? 64 : 128;
+  static constexpr int kTokens = sizeof(Stored) == 8 ? kLoraTileTokens / 2 : kLoraTileTokens;
+  static constexpr int kColumns = sizeof(Stored) == 8 ? kLoraTileColumns / 2 : kLoraTileColumns;
   static constexpr int kOutColumns = 64;  // of a tile that is written
 };
 
@@ -147,10 +149,37 @@ PARTUNE_FN void load_right_across(const SplitTile<kRows, kColumns>& tile, int ro
   }
 }
 
+// mma_bf16_16x8x16 with c = d, as a GPU before sm_80 can do it: right, not fast.
+PARTUNE_FN void multiply_by_shuffles(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  const int lane = int(threadIdx.x % 32), row = lane / 4 * 4, column = lane % 4 * 8;
+  PARTUNE_UNROLL
+  for (int pair = 0; pair < 8; ++pair) {
+    const int half = pair / 4, from = pair % 4;
+    const uint32_t rows[2] = {__shfl_sync(0xffffffffu, a[2 * half], row + from),
+                              __shfl_sync(0xffffffffu, a[2 * half + 1], row + from)};
+    const uint32_t columns[2] = {__shfl_sync(0xffffffffu, b[half], column + from),
+                                 __shfl_sync(0xffffffffu, b[half], column + 4 + from)};
+    PARTUNE_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t left = rows[i / 2], right = columns[i % 2];
+      d[i] = multiply_add(float_from_bits(left << 16), float_from_bits(right << 16), d[i]);
+      d[i] = multiply_add(float_from_bits(left & 0xffff0000u), float_from_bits(right & 0xffff0000u), d[i]);
+    }
+  }
+}
+
+PARTUNE_FN void add_product(float (&sums)[4], const uint32_t (&left)[4], const uint32_t (&right)[2]) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  multiply_by_shuffles(sums, left, right);
+#else
+  mma_bf16_16x8x16(sums, left, right, sums);
+#endif
+}
+
 PARTUNE_FN void multiply_split(const SplitLeft& left, const SplitRight& right, float (&sums)[4]) {
-  mma_bf16_16x8x16(sums, left.low, right.high, sums);
-  mma_bf16_16x8x16(sums, left.high, right.low, sums);
-  mma_bf16_16x8x16(sums, left.high, right.high, sums);
+  add_product(sums, left.low, right.high);
+  add_product(sums, left.high, right.low);
+  add_product(sums, left.high, right.high);
 }
 
 // ---- tiles in shared memory, and products of them; each thread calls all of it ----

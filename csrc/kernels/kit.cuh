@@ -77,11 +77,7 @@ __device__ __forceinline__ void cp_async_wait() {
 #endif
 }
 
-// What a warp's shuffles make of mma_bf16_16x8x16, for GPUs before sm_80.
-static __device__ void mma_by_shuffles(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                                       const float (&c)[4]);
-
-// d = a·b + c by a whole warp: a [16, 16] row-major, b [16, 8] column-major, c and d
+// d = a·b + c by a whole warp, from sm_80: a [16, 16] row-major, b [16, 8] column-major, c and d
 // [16, 8]. With group = lane / 4 and pair = 2·(lane % 4), a lane holds
 //   a: (group, pair..), (group + 8, pair..), (group, pair + 8..), (group + 8, pair + 8..)
 //   b: (pair.., group), (pair + 8.., group)
@@ -96,7 +92,7 @@ __device__ __forceinline__ void mma_bf16_16x8x16(float (&d)[4], const uint32_t (
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]),
         "f"(c[3]));
 #else
-  mma_by_shuffles(d, a, b, c);
+  __trap();  // the launcher must not come here
 #endif
 }
 
@@ -116,31 +112,6 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
 #endif
 
 namespace partune {
-
-#ifdef __CUDACC__
-__device__
-#endif
-    static inline void mma_by_shuffles(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                                       const float (&c)[4]) {
-  const int lane = int(threadIdx.x % 32), row = lane / 4 * 4, column = lane % 4 * 8;
-  float sums[4] = {c[0], c[1], c[2], c[3]};
-  PARTUNE_UNROLL
-  for (int pair = 0; pair < 8; ++pair) {
-    const int half = pair / 4, from = pair % 4;
-    const uint32_t rows[2] = {__shfl_sync(0xffffffffu, a[2 * half], row + from),
-                              __shfl_sync(0xffffffffu, a[2 * half + 1], row + from)};
-    const uint32_t columns[2] = {__shfl_sync(0xffffffffu, b[half], column + from),
-                                 __shfl_sync(0xffffffffu, b[half], column + 4 + from)};
-    PARTUNE_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t left = rows[i / 2], right = columns[i % 2];
-      const float low = multiply_add(float_from_bits(left << 16), float_from_bits(right << 16), sums[i]);
-      sums[i] = multiply_add(float_from_bits(left & 0xffff0000u), float_from_bits(right & 0xffff0000u), low);
-    }
-  }
-  PARTUNE_UNROLL
-  for (int i = 0; i < 4; ++i) d[i] = sums[i];
-}
 
 // Four neighbours, read and written in one access where memory is aligned to all of them; the first
 // `count` of them where fewer are there.

@@ -56,7 +56,8 @@ class LoraDraws {
     const int draw = int(index % kDrawsPerCounter);
     const uint32_t low = draw & 2 ? drawn_.word[1] : drawn_.word[0];
     const uint32_t high = draw & 2 ? drawn_.word[3] : drawn_.word[2];
-    return is_kept(draw & 4 ? high : low, draw & 1, dropout_) ? scale_ : Real(0);
+    const uint32_t word = draw & 4 ? high : low;
+    return (draw & 1 ? word >> 16 : word & 0xffffu) >= dropout_.dropped ? scale_ : Real(0);
   }
 
  private:
@@ -169,11 +170,11 @@ PARTUNE_FN void multiply_by_shuffles(float (&d)[4], const uint32_t (&a)[4], cons
 }
 
 PARTUNE_FN void add_product(float (&sums)[4], const uint32_t (&left)[4], const uint32_t (&right)[2]) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-  multiply_by_shuffles(sums, left, right);
-#else
-  mma_bf16_16x8x16(sums, left, right, sums);
-#endif
+  if (has_bf16_mma()) {
+    mma_bf16_16x8x16(sums, left, right, sums);
+  } else {
+    multiply_by_shuffles(sums, left, right);
+  }
 }
 
 PARTUNE_FN void multiply_split(const SplitLeft& left, const SplitRight& right, float (&sums)[4]) {

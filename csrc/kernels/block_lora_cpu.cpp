@@ -26,30 +26,53 @@ class DropoutDraws {
       : task_(task), scale_(dropout_scale<Real>(task.dropout)) {}
 
   const Real* draw(int64_t first, int64_t count) {
-    constexpr int kBatch = kWords * kDrawsPerCounter;
     const int64_t begin = first / kDrawsPerCounter, skipped = first % kDrawsPerCounter;
     uint64_t lanes[kWords];
     for (int i = 0; i < kWords; ++i) lanes[i] = uint64_t(begin + i);
     Words index = load_words(lanes);
     for (int64_t done = 0; done < skipped + count; done += kBatch, index = index + uint64_t(kWords)) {
-      const PhiloxWords drawn = philox(index, task_.step, task_.dropout.layer_id, task_.key);
-      uint32_t low[4][kWords];
-      for (int word = 0; word < 4; ++word) store_low_halves(drawn.word[word], low[word]);
-      Real* to = factors_ + done;
-      for (int lane = 0; lane < kWords; ++lane) {
-        for (int draw = 0; draw < kDrawsPerCounter; ++draw) {
-          to[lane * kDrawsPerCounter + draw] =
-              is_kept(low[draw / 2][lane], draw % 2, task_.dropout) ? scale_ : Real(0);
-        }
-      }
+      uint16_t draws[kBatch];
+      draw_batch(index, draws);
+      choose(draws, factors_ + done);
     }
     return factors_ + skipped;
   }
 
  private:
+  static constexpr int kBatch = kWords * kDrawsPerCounter;
+
+  // The halves of the counters' words, in order.
+  void draw_batch(Words index, uint16_t (&draws)[kBatch]) const {
+    const PhiloxWords drawn = philox(index, task_.step, task_.dropout.layer_id, task_.key);
+    const Words low = (drawn.word[0] & 0xffffffffu) | drawn.word[1] << 32;
+    const Words high = (drawn.word[2] & 0xffffffffu) | drawn.word[3] << 32;
+    Words front = {}, back = {};
+    for (int i = 0; i < kWords / 2; ++i) {
+      front[2 * i] = uint64_t(i);
+      front[2 * i + 1] = uint64_t(kWords + i);
+      back[2 * i] = uint64_t(kWords / 2 + i);
+      back[2 * i + 1] = uint64_t(kWords + kWords / 2 + i);
+    }
+    const Words halves[2] = {__builtin_shuffle(low, high, front), __builtin_shuffle(low, high, back)};
+    __builtin_memcpy(draws, halves, sizeof draws);
+  }
+
+  void choose(const uint16_t (&draws)[kBatch], float* factors) const {
+    const FloatBits kept = (FloatBits)repeat(scale_);
+    for (int i = 0; i < kBatch; i += kLanes<float>) {
+      Halves narrow;
+      __builtin_memcpy(&narrow, draws + i, sizeof narrow);
+      const FloatBits wide = __builtin_convertvector(narrow, FloatBits);
+      store_vector((Vector<float>)(kept & (FloatBits)(wide >= task_.dropout.dropped)), factors + i);
+    }
+  }
+  void choose(const uint16_t (&draws)[kBatch], double* factors) const {
+    for (int i = 0; i < kBatch; ++i) factors[i] = draws[i] >= task_.dropout.dropped ? scale_ : 0.0;
+  }
+
   const BlockLoraTask<Real>& task_;
   const Real scale_;
-  Real factors_[kLoraColumns + 2 * kWords * kDrawsPerCounter];
+  Real factors_[kLoraColumns + 2 * kBatch];
 };
 
 template <typename Stored, typename Real>

@@ -94,7 +94,7 @@ class Tile {
       Stored* output = static_cast<Stored*>(m.output) + first * m.out;
       for (int64_t column = 0; column < m.out; column += kLoraColumns) {
         expand<Stored, Real>({hidden + m.first, shape_.ranks}, tokens, {m.up + column, m.out}, m.rank,
-                             smaller(m.out - column, kLoraColumns), true, {output + column, m.out});
+                             smaller(m.out - column, kLoraColumns), {{output + column, m.out}, 1, 0, true});
       }
     }
   }
@@ -189,12 +189,12 @@ class Tile {
                         const Real* grad_hidden) {
     Stored* out = static_cast<Stored*>(task_.grad_input) + first * shape_.features + column;
     const Rows<const Real> factors{grad_hidden, shape_.ranks}, thin{task_.down + column, shape_.width};
-    if (is_plain()) {
-      expand<Stored, Real>(factors, tokens, thin, shape_.ranks, columns, task_.accumulate,
-                           {out, shape_.features});
+    if (task_.dropout.dropped == 0) {
+      expand<Stored, Real>(factors, tokens, thin, shape_.ranks, columns,
+                           {{out, shape_.features}, shape_.chunks, shape_.width, task_.accumulate});
       return;
     }
-    expand<Real, Real>(factors, tokens, thin, shape_.ranks, columns, false, {kept_[0], kKept});
+    expand<Real, Real>(factors, tokens, thin, shape_.ranks, columns, {{kept_[0], kKept}, 1, 0, false});
     for (int64_t token = 0; token < tokens; ++token) {
       for (int64_t chunk = 0; chunk < shape_.chunks; ++chunk) {
         const int64_t offset = token * shape_.features + chunk * shape_.width;
@@ -207,8 +207,7 @@ class Tile {
   void add_input_grad(const Real* grad, const Real* factors, int64_t columns, Stored* out) const {
     for (int64_t i = 0; i < columns; i += kLanes<Real>) {
       const int64_t count = columns - i;
-      Vector<Real> value = load_vector(grad + i);
-      if (factors) value = value * load_vector(factors + i);
+      Vector<Real> value = load_vector(grad + i) * load_vector(factors + i);
       if (task_.accumulate) value = value + widen_first<Real>(out + i, count);
       round_first<Real>(value, out + i, count);
     }

@@ -12,6 +12,9 @@ namespace {
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// Between rows of what is kept: not a power of two, so that rows share no set of a cache.
+constexpr int kKept = kLoraColumns + 16;
+
 template <typename Stored, typename Real>
 constexpr bool kIsWide = sizeof(Stored) == sizeof(Real);
 
@@ -19,7 +22,8 @@ constexpr bool kIsWide = sizeof(Stored) == sizeof(Real);
 template <typename Real>
 class DropoutDraws {
  public:
-  explicit DropoutDraws(const BlockLoraTask<Real>& task) : task_(task) {}
+  explicit DropoutDraws(const BlockLoraTask<Real>& task)
+      : task_(task), scale_(dropout_scale<Real>(task.dropout)) {}
 
   const Real* draw(int64_t first, int64_t count) {
     constexpr int kBatch = kWords * kDrawsPerCounter;
@@ -35,7 +39,7 @@ class DropoutDraws {
       for (int lane = 0; lane < kWords; ++lane) {
         for (int draw = 0; draw < kDrawsPerCounter; ++draw) {
           to[lane * kDrawsPerCounter + draw] =
-              Real(dropout_factor(low[draw / 2][lane], draw % 2, task_.dropout));
+              is_kept(low[draw / 2][lane], draw % 2, task_.dropout) ? scale_ : Real(0);
         }
       }
     }
@@ -44,6 +48,7 @@ class DropoutDraws {
 
  private:
   const BlockLoraTask<Real>& task_;
+  const Real scale_;
   Real factors_[kLoraColumns + 2 * kWords * kDrawsPerCounter];
 };
 
@@ -119,7 +124,7 @@ class Tile {
       for (int64_t token = 0; token < tokens; ++token) {
         add_chunk<false>(from + token * stride, nullptr, columns, kept_[token]);
       }
-      return {kept_[0], kLoraColumns};
+      return {kept_[0], kKept};
     }
   }
 
@@ -150,7 +155,7 @@ class Tile {
         }
       }
     }
-    return {kept_[0], kLoraColumns};
+    return {kept_[0], kKept};
   }
 
   const Real* draw(int64_t index, int64_t count) {
@@ -166,7 +171,7 @@ class Tile {
                            {out, shape_.features});
       return;
     }
-    expand<Real, Real>(factors, tokens, thin, shape_.ranks, columns, false, {kept_[0], kLoraColumns});
+    expand<Real, Real>(factors, tokens, thin, shape_.ranks, columns, false, {kept_[0], kKept});
     for (int64_t token = 0; token < tokens; ++token) {
       for (int64_t chunk = 0; chunk < shape_.chunks; ++chunk) {
         const int64_t offset = token * shape_.features + chunk * shape_.width;
@@ -189,7 +194,7 @@ class Tile {
   const BlockLoraTask<Real>& task_;
   const BlockLoraShape shape_;
   DropoutDraws<Real> draws_;
-  Real kept_[kLoraTile][kLoraColumns];
+  Real kept_[kLoraTile][kKept];
 };
 
 template <typename Stored, typename Real>

@@ -5,44 +5,14 @@
 //
 // Bytes moved: as scale_shift.h counts them, with blocks of kSumTileRows rows or kPlaneSegment neighbours.
 #pragma once
-#include "kit.cuh"
 #include "scale_shift_tasks.h"
+#include "wide.cuh"
 
 namespace partune {
 
 constexpr int kScaleShiftBlock = 256;
 constexpr int kSumTileRows = 32;
 constexpr int kPlaneSegment = 4096;
-
-template <typename T>
-constexpr int kPackSize = 16 / int(sizeof(T));
-
-// Neighbours in memory, read and written in one access: 16 bytes, or one element.
-template <typename T, int kPack>
-struct alignas(kPack * sizeof(T)) Neighbours {
-  T at[kPack];
-};
-
-template <int kPack, typename T>
-PARTUNE_FN Neighbours<T, kPack> load_neighbours(const T* from) {
-  return *reinterpret_cast<const Neighbours<T, kPack>*>(from);
-}
-
-template <typename T, int kPack>
-PARTUNE_FN void store_neighbours(const Neighbours<T, kPack>& pack, T* to) {
-  if constexpr (kPack == kPackSize<T>) {
-    uint4 words;
-    __builtin_memcpy(&words, &pack, sizeof words);
-    __stcg(reinterpret_cast<uint4*>(to), words);  // the compiler stores an assigned struct in parts
-  } else {
-    *reinterpret_cast<Neighbours<T, kPack>*>(to) = pack;
-  }
-}
-
-template <typename T>
-PARTUNE_FN bool is_wide_aligned(const T* pointer) {
-  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
-}
 
 // ---- vectors ----
 

@@ -11,33 +11,6 @@ namespace partune {
 
 constexpr int kNormBlock = 256;
 
-// A pack of which some elements may lie behind a row's end.
-template <typename T>
-using WidePack = Neighbours<T, kPackSize<T>>;
-
-template <typename T>
-PARTUNE_FN WidePack<T> load_wide(const T* from, int64_t count, bool aligned) {
-  if (aligned && count >= kPackSize<T>) return load_neighbours<kPackSize<T>>(from);
-  WidePack<T> pack = {};
-  PARTUNE_UNROLL
-  for (int i = 0; i < kPackSize<T>; ++i) {
-    if (i < count) pack.at[i] = from[i];
-  }
-  return pack;
-}
-
-template <typename T>
-PARTUNE_FN void store_wide(const WidePack<T>& pack, T* to, int64_t count, bool aligned) {
-  if (aligned && count >= kPackSize<T>) {
-    store_neighbours(pack, to);
-    return;
-  }
-  PARTUNE_UNROLL
-  for (int i = 0; i < kPackSize<T>; ++i) {
-    if (i < count) to[i] = pack.at[i];
-  }
-}
-
 // The sum over a block, the same in every thread. All threads call it.
 template <int kBlock, typename Real>
 PARTUNE_FN Real sum_block(Real value, Real (&warps)[kBlock / 32]) {

@@ -66,6 +66,23 @@ PARTUNE_FN void round_vector(Vector<float> v, Half* to) {
 #endif
 }
 
+template <typename Real>
+PARTUNE_FN Vector<Real> repeat(Real value) {
+  return value - Vector<Real>{};  // exact, so the compiler leaves the broadcast alone
+}
+
+// Keeps the compiler from reading a vector from memory again for each use of it.
+template <typename Real>
+PARTUNE_FN void keep_in_register(Vector<Real>& v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#elif defined(__x86_64__)
+  asm("" : "+x"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+}
+
 // The first `count` elements, zeros behind them; and the store of as many.
 template <typename Real, typename Stored>
 PARTUNE_FN Vector<Real> widen_first(const Stored* from, int64_t count) {
@@ -146,7 +163,8 @@ PARTUNE_FN void project_block(Rows<const Real> x, Rows<const Real> thin, int64_t
     for (int i = 0; i < kTokens; ++i) read[i] = widen_first<Real>(x.row(i) + column, count);
     PARTUNE_UNROLL
     for (int j = 0; j < kRanks; ++j) {
-      const Vector<Real> factor = widen_first<Real>(thin.row(j) + column, count);
+      Vector<Real> factor = widen_first<Real>(thin.row(j) + column, count);
+      keep_in_register<Real>(factor);
       PARTUNE_UNROLL
       for (int i = 0; i < kTokens; ++i) sums[i][j] = multiply_add(read[i], factor, sums[i][j]);
     }
@@ -185,8 +203,8 @@ struct ProjectRanks {
 };
 
 template <typename Real>
-void project(Rows<const Real> x, int64_t tokens, Rows<const Real> thin, int64_t ranks, int64_t columns,
-             Rows<Real> products) {
+static void project(Rows<const Real> x, int64_t tokens, Rows<const Real> thin, int64_t ranks, int64_t columns,
+                    Rows<Real> products) {
   in_runs<kRankBlock>(ranks, ProjectRanks<Real>{x, thin, columns, products, tokens});
 }
 
@@ -211,7 +229,8 @@ PARTUNE_FN void accumulate_block(Rows<const Real> factors, Rows<const Real> x, i
     for (int k = 0; k < kVectors; ++k) read[k] = widen_first<Real>(x.row(token) + k * kStep, count(k));
     PARTUNE_UNROLL
     for (int j = 0; j < kRanks; ++j) {
-      const Vector<Real> factor = Vector<Real>{} + factors.row(token)[j];
+      Vector<Real> factor = repeat(factors.row(token)[j]);
+      keep_in_register<Real>(factor);
       PARTUNE_UNROLL
       for (int k = 0; k < kVectors; ++k) kept[j][k] = multiply_add(factor, read[k], kept[j][k]);
     }
@@ -246,8 +265,8 @@ struct AccumulateRanks {
 };
 
 template <typename Real>
-void accumulate(Rows<const Real> factors, Rows<const Real> x, int64_t tokens, int64_t ranks, int64_t columns,
-                Rows<Real> sums) {
+static void accumulate(Rows<const Real> factors, Rows<const Real> x, int64_t tokens, int64_t ranks,
+                       int64_t columns, Rows<Real> sums) {
   in_runs<kRankBlock>(ranks, AccumulateRanks<Real>{factors, x, tokens, columns, sums});
 }
 
@@ -273,7 +292,8 @@ PARTUNE_FN void expand_block(Rows<const Real> factors, Rows<const Real> thin, in
     for (int k = 0; k < kVectors; ++k) read[k] = widen_first<Real>(thin.row(rank) + k * kStep, count(k));
     PARTUNE_UNROLL
     for (int i = 0; i < kTokens; ++i) {
-      const Vector<Real> factor = Vector<Real>{} + factors.row(i)[rank];
+      Vector<Real> factor = repeat(factors.row(i)[rank]);
+      keep_in_register<Real>(factor);
       PARTUNE_UNROLL
       for (int k = 0; k < kVectors; ++k) kept[i][k] = multiply_add(factor, read[k], kept[i][k]);
     }
@@ -309,8 +329,8 @@ struct ExpandTokens {
 };
 
 template <typename Stored, typename Real>
-void expand(Rows<const Real> factors, int64_t tokens, Rows<const Real> thin, int64_t ranks, int64_t columns,
-            bool add, Rows<Stored> out) {
+static void expand(Rows<const Real> factors, int64_t tokens, Rows<const Real> thin, int64_t ranks,
+                   int64_t columns, bool add, Rows<Stored> out) {
   in_runs<kExpandTokens>(tokens, ExpandTokens<Stored, Real>{factors, thin, ranks, columns, add, out});
 }
 

@@ -36,12 +36,11 @@ void scatter(const Stored* values, const int64_t* offsets, int count, Stored* to
 // translation. One line of each is enough.
 template <typename Stored>
 void request_page(const Stored* values, int count) {
-  constexpr uintptr_t kPage = 4096;
-  constexpr uintptr_t kPagesAhead = 4;
-  const uintptr_t first = reinterpret_cast<uintptr_t>(values);
-  const uintptr_t page = (first + kPage - 1) / kPage * kPage;
-  if (page >= first + uintptr_t(count) * sizeof(Stored)) return;
-  __builtin_prefetch(reinterpret_cast<const void*>(page + kPagesAhead * kPage));
+  constexpr int64_t kPage = 4096;
+  constexpr int64_t kPagesAhead = 4;
+  const int64_t page = int64_t(-reinterpret_cast<uintptr_t>(values) & (kPage - 1));
+  if (page >= count * int64_t(sizeof(Stored))) return;
+  __builtin_prefetch(reinterpret_cast<const char*>(values) + page + kPagesAhead * kPage);
 }
 
 template <typename Stored, typename Real>

@@ -28,6 +28,7 @@ MODELS = {
     "smollm2_135m": ({**WIDE, "num_hidden_layers": 30, "vocab_size": 49152}, (4, 128), 0.93),
 }
 PARTS = ("forward", "backward", "optimizer")
+ROUNDS = 7
 
 
 class Training:
@@ -84,7 +85,7 @@ class Training:
 @pytest.mark.parametrize("name", MODELS)
 def test_training_step(report, note, name: str) -> None:
     half, full = Training(name, True), Training(name, False)
-    comparison = Comparison({"ours": half, "full": full}, rounds=4)
+    comparison = Comparison({"ours": half, "full": full}, rounds=ROUNDS)
     bound = half.matmul_work() / full.matmul_work()
     held = half.bytes_held / full.bytes_held
     whole = sum(full.median(part) for part in PARTS)

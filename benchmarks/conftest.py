@@ -24,7 +24,7 @@ COPY_BYTES = 2 * (256 << 20)
 
 
 class Comparison:
-    """Medians of alternating rounds of some functions, in milliseconds."""
+    """Medians, and least times, of alternating rounds of some functions, in milliseconds."""
 
     def __init__(self, functions: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> None:
         self.functions = functions
@@ -38,6 +38,7 @@ class Comparison:
                 functions[name]()
                 times[name].append(1e3 * (time.perf_counter() - start))
         self.median = {name: statistics.median(values) for name, values in times.items()}
+        self.least = {name: min(values) for name, values in times.items()}
 
     def ratio(self, name: str, peer: str) -> float:
         return self.median[peer] / self.median[name]

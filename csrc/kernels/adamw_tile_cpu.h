@@ -31,6 +31,18 @@ void scatter(const Stored* values, const int64_t* offsets, int count, Stored* to
   }
 }
 
+// Where a page begins among `count` values that lie side by side, asks for a line of one that comes
+// kPagesAhead later: the machine's prefetcher stops at a page's end, and a page's first access waits for its
+// translation. One line of each is enough.
+template <typename Stored>
+void request_page(const Stored* values, int count) {
+  constexpr int64_t kPage = 4096;
+  constexpr int64_t kPagesAhead = 4;
+  const int64_t page = int64_t(-reinterpret_cast<uintptr_t>(values) & (kPage - 1));
+  if (page >= count * int64_t(sizeof(Stored))) return;
+  __builtin_prefetch(reinterpret_cast<const char*>(values) + page + kPagesAhead * kPage);
+}
+
 template <typename Stored, typename Real>
 void round_tile(const Real* values, const uint32_t* random, int count, Stored* out) {
   if (random) {
@@ -110,6 +122,9 @@ class TileStepper {
   void step(int64_t position, int count, Weight* stored_weight, Grad* stored_grad, const int64_t* index) {
     State* stored_exp_avg = static_cast<State*>(m_.exp_avg) + position;
     State* stored_exp_avg_sq = static_cast<State*>(m_.exp_avg_sq) + position;
+    request_page(stored_exp_avg, count);
+    request_page(stored_exp_avg_sq, count);
+    if (has_master()) request_page(m_.master + position, count);
     const Real* grad = widened(stored_grad, count, grad_);
     Real* weight = nullptr;
     if constexpr (kRoundedWeight) {

@@ -83,17 +83,17 @@ class HalfStepper {
   Grad* grad() const { return static_cast<Grad*>(const_cast<void*>(at_.grad)); }
 
   // Entries [begin, end) of the live rows, each of which lies side by side. The machine's own prefetcher
-  // runs on into frozen rows: the next live one is asked for a row ahead.
+  // runs on into frozen rows: live ones are asked for two rows ahead.
   void step_rows(int64_t begin, int64_t end) {
     int64_t slot = begin / at_.columns, column = begin % at_.columns;
     while (begin < end) {
       int64_t count = at_.columns - column < end - begin ? at_.columns - column : end - begin;
       if (count > kStrip) count = kStrip;
       const int64_t row = m_.live[slot];
-      if (slot + 1 < m_.live_count) {
-        const int64_t next = m_.live[slot + 1];
-        request(weight() + next * at_.weight_row_stride + column, count);
-        request(grad() + next * at_.grad_row_stride + column, count);
+      if (slot + 2 < m_.live_count) {
+        const int64_t ahead = m_.live[slot + 2];
+        request(weight() + ahead * at_.weight_row_stride + column, count);
+        request(grad() + ahead * at_.grad_row_stride + column, count);
       }
       if (stepper_.draws()) {
         for (int64_t i = 0; i < count; ++i) offsets_.index[i] = row * at_.columns + column + i;
@@ -164,6 +164,8 @@ class HalfStepper {
     for (int done = 0, listed = 0; done < entries; done += kStrip) {
       const int here = entries - done < kStrip ? entries - done : kStrip;
       Weight* const strip = weight() + first + done;
+      request_page(strip, here);
+      request_page(grad() + first + done, here);
       const int count = compress(grad() + first + done, words + done / 32, here, grads_);
       if (!stepper_.has_master()) compress(strip, words + done / 32, here, weights_);
       stepper_.step(position + listed, count, weights_, grads_, offsets_.index + listed);

@@ -180,9 +180,11 @@ class Stepper {
   void step_tile(int64_t tile, int count, const TileOffsets& now, const TileOffsets& ahead) {
     if (is_sparse_) gather_tile(count, now, ahead);
     const bool grad_in_place = !is_sparse_ || m_.grad_is_compact;
-    stepper_.step(tile, count, is_sparse_ ? raw_weight_ : static_cast<Weight*>(m_.weight) + tile,
-                  grad_in_place ? static_cast<Grad*>(const_cast<void*>(m_.grad)) + tile : raw_grad_,
-                  now.index);
+    Weight* const weight = is_sparse_ ? raw_weight_ : static_cast<Weight*>(m_.weight) + tile;
+    Grad* const grad = grad_in_place ? static_cast<Grad*>(const_cast<void*>(m_.grad)) + tile : raw_grad_;
+    if (!is_sparse_) request_page(weight, count);
+    if (grad_in_place) request_page(grad, count);
+    stepper_.step(tile, count, weight, grad, now.index);
     if (is_sparse_) scatter(raw_weight_, weight_offsets(now), count, static_cast<Weight*>(m_.weight));
   }
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from partune import ops
+from partune.ops._contract import OPS
 from partune.selection.half.live import LiveHalf
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class StepOptions(TypedDict):
     seed: int
     grad_scale: Tensor | None
     found_inf: Tensor | None
+    again: bool  # the same call as before but for the gradients, which are alike: not checked again
 
 
 def sparse_adamw(
@@ -47,7 +49,8 @@ def sparse_adamw(
     16-bit parameters without masters and bfloat16 moments are rounded stochastically. Where
     found_inf isn't 0 the step is neither counted nor taken; nobody waits to learn which.
     """
-    ops.sparse_adamw_(
+    step = OPS["sparse_adamw_"].overload if options["again"] else ops.sparse_adamw_
+    step(
         parameters,
         grads,
         crow_indices,
@@ -73,7 +76,8 @@ def half_adamw(
     **options: Unpack[StepOptions],
 ) -> None:
     """The same for parameters of which rows, columns or elements are live, all of one level."""
-    ops.half_adamw_(
+    step = OPS["half_adamw_"].overload if options["again"] else ops.half_adamw_
+    step(
         parameters,
         grads,
         [half.live for half in halves],

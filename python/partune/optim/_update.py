@@ -125,7 +125,7 @@ def collect_updates(
 def with_gradient(updates: Sequence[Update]) -> list[Update]:
     """Those that this step concerns: a gradient, and not lr 0 with a gradient of zeros."""
     concerned = []
-    idle = {id(u.group): _is_known_zero(u.group["lr"]) for u in updates}
+    idle = {id(u.group): is_known_zero(u.group["lr"]) for u in updates}
     for update in updates:
         if update.grad is not None:
             update.grad = update.readable_grad()
@@ -134,7 +134,7 @@ def with_gradient(updates: Sequence[Update]) -> list[Update]:
     return concerned
 
 
-def _is_known_zero(lr: float | Tensor) -> bool:
+def is_known_zero(lr: float | Tensor) -> bool:
     """Whether a rate is 0, as far as one can tell without waiting for a device."""
     return (not isinstance(lr, Tensor) or reads_at_once(lr.device)) and float(lr) == 0
 
@@ -235,9 +235,55 @@ def nonfinite_flags(updates: Sequence[Update]) -> dict[torch.device, Tensor]:
     return flags
 
 
+class Call:
+    """One call of an op: parameters of a group that are alike in dtypes and level, their state."""
+
+    def __init__(self, members: Sequence[Update]) -> None:
+        self.group = members[0].group
+        self.parameters = [u.parameter for u in members]
+        self.states = [u.state for u in members]
+        self._lists = (
+            [u.state["exp_avg"] for u in members],
+            [u.state["exp_avg_sq"] for u in members],
+            [u.state["master"] for u in members if "master" in u.state],
+            [u.state["step"] for u in members],
+            [u.state["parameter_id"] for u in members],
+        )
+        self._halves = [u.half for u in members if u.half is not None]
+        csrs = [] if self._halves else [u.csr for u in members]
+        self._crow_indices = [crow_indices for crow_indices, _ in csrs]
+        self._col_indices = [col_indices for _, col_indices in csrs]
+
+    def run(
+        self,
+        grads: Sequence[Tensor],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        *,
+        again: bool = False,
+    ) -> None:
+        """Count the step and take it; where found_inf isn't 0, nothing is written.
+
+        Args:
+            again: the same call has been made before with gradients alike: not checked again.
+        """
+        group = self.group
+        options: StepOptions = {
+            "lr": group["lr"], "betas": group["betas"], "weight_decay": group["weight_decay"],
+            "eps": group["eps"], "eps_mode": group["eps_mode"], "maximize": group["maximize"],
+            "seed": group["seed"], "grad_scale": grad_scale, "found_inf": found_inf,
+            "again": again,
+        }  # fmt: skip
+        if self._halves:
+            half_adamw(self.parameters, grads, self._halves, *self._lists, **options)
+        else:
+            csrs = (self._crow_indices, self._col_indices)
+            sparse_adamw(self.parameters, grads, *csrs, *self._lists, **options)
+
+
 def step_all(
     updates: Sequence[Update], grad_scale: Tensor | None, found_inf: Tensor | None
-) -> None:
+) -> list[Call]:
     """One call per group and combination of dtypes; where found_inf isn't 0, nothing is written."""
     alike: dict[tuple[Any, ...], list[Update]] = {}
     for update in updates:
@@ -248,25 +294,8 @@ def step_all(
         alike.setdefault((*key, state["exp_avg"].dtype, "master" in state, level), []).append(
             update
         )
+    calls = []
     for members in alike.values():
-        group = members[0].group
-        options: StepOptions = {
-            "lr": group["lr"], "betas": group["betas"], "weight_decay": group["weight_decay"],
-            "eps": group["eps"], "eps_mode": group["eps_mode"], "maximize": group["maximize"],
-            "seed": group["seed"], "grad_scale": grad_scale, "found_inf": found_inf,
-        }  # fmt: skip
-        parameters = [u.parameter for u in members]
-        grads = [u.grad for u in members if u.grad is not None]
-        state_lists = (
-            [u.state["exp_avg"] for u in members],
-            [u.state["exp_avg_sq"] for u in members],
-            [u.state["master"] for u in members if "master" in u.state],
-            [u.state["step"] for u in members],
-            [u.state["parameter_id"] for u in members],
-        )
-        halves = [u.half for u in members if u.half is not None]
-        if halves:
-            half_adamw(parameters, grads, halves, *state_lists, **options)
-        else:
-            crow_indices, col_indices = zip(*(u.csr for u in members), strict=True)
-            sparse_adamw(parameters, grads, crow_indices, col_indices, *state_lists, **options)
+        calls.append(Call(members))
+        calls[-1].run([u.grad for u in members if u.grad is not None], grad_scale, found_inf)
+    return calls

@@ -14,6 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from partune.optim import _update as update_
 from partune.optim._checkpoint import restore
 from partune.optim._half_round import carry_state
+from partune.optim._last_step import LastStep
 from partune.optim._options import check_options, check_parameters, named_parameters
 from partune.selection.half import Half, HalfPlan
 from partune.selection.half.live import LiveHalf, live_half
@@ -92,6 +93,7 @@ class HalfAdamW(Optimizer):
         config = getattr(model_or_params, "config", None) if is_model else None
         self._heads: int | None = getattr(config, "num_attention_heads", None)
         self.plan: HalfPlan | None = None
+        self._last_step: LastStep | None = None
         params: Any = model_or_params
         if isinstance(model_or_params, nn.Module):
             params = list(model_or_params.named_parameters())
@@ -150,6 +152,8 @@ class HalfAdamW(Optimizer):
         # GradScaler hands these over for the length of a step.
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
+        if found_inf is None and grad_scale is None and self._step_again():
+            return loss
         updates = update_.collect_updates(self.param_groups, self.state, self._halves)
         updates = update_.with_gradient([u for u in updates if u.parameter.requires_grad])
         revocable = any(group["skip_nonfinite"] for group in self.param_groups)
@@ -164,8 +168,24 @@ class HalfAdamW(Optimizer):
             found_inf = nonfinite if found_inf is None else torch.maximum(nonfinite, found_inf)
         for update in updates:
             update_.prepare_state(update, self.state, grad_scale)
-        update_.step_all(updates, grad_scale, found_inf)
+        calls = update_.step_all(updates, grad_scale, found_inf)
+        if not revocable:
+            self._last_step = LastStep(self.param_groups, calls)
         return loss
+
+    def _step_again(self) -> bool:
+        """Take the last step again with new gradients, where that is what a step would do."""
+        if self._last_step is None or any(
+            group["skip_nonfinite"] or update_.is_known_zero(group["lr"])
+            for group in self.param_groups
+        ):
+            return False
+        gradients = self._last_step.gradients(self.param_groups, self.state)
+        if gradients is None:
+            return False
+        for call, grads in zip(self._last_step.calls, gradients, strict=True):
+            call.run(grads, None, None, again=True)
+        return True
 
     @torch.no_grad()
     def next_round(self, seed: int | HalfPlan) -> HalfPlan:
@@ -291,7 +311,7 @@ class HalfAdamW(Optimizer):
 
     def _adopt(self, plan: HalfPlan, halves: dict[Tensor, LiveHalf]) -> None:
         """Put a plan in force."""
-        self.plan, self._halves = plan, halves
+        self.plan, self._halves, self._last_step = plan, halves, None
         frozen = {p for name, p in self._named() if plan.live[name].kind == "none"}
         for parameter in self._switched:
             parameter.requires_grad_(parameter not in frozen)

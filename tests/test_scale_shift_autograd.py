@@ -80,6 +80,27 @@ def test_gradcheck_of_norms() -> None:
     assert gradcheck(lambda *v: rms_norm(x.detach(), weight.detach(), *v), (scale, shift))
 
 
+def test_the_registered_ops_have_the_gradients_of_the_functions() -> None:
+    """Tracers and the dispatcher take what is registered; the public functions go around it."""
+    site = case((4, 3), torch.float32)
+    x, scale, shift = (v.requires_grad_() for v in (site.input, site.scale, site.shift))
+    registered = torch.ops.partune
+    for direct, public in (
+        (registered.scale_shift(x, scale, shift), ops.scale_shift(x, scale, shift)),
+        (
+            registered.layer_norm_scale_shift(x, None, None, scale, shift, eps=1.0)[0],
+            ops.layer_norm_scale_shift(x, None, None, scale, shift, eps=1.0),
+        ),
+        (
+            registered.rms_norm_scale_shift(x, None, scale, shift, eps=1.0)[0],
+            ops.rms_norm_scale_shift(x, None, scale, shift, eps=1.0),
+        ),
+    ):
+        assert torch.equal(direct, public)
+        grads = [torch.autograd.grad(y, (x, scale, shift), site.grad) for y in (direct, public)]
+        assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
 def saved_by(output: Tensor) -> list[Tensor | None]:
     return list(output.grad_fn.saved_tensors)
 

@@ -1,5 +1,5 @@
-// Family scale_shift on the CPU, without norms. Forward, work is split by elements; backward, by the
-// units that a fixed partition of the tensor has.
+// Family scale_shift on the CPU, without norms. Work is split by the units that a fixed partition of the
+// tensor has.
 #include <torch/csrc/stable/library.h>
 
 #include <memory>
@@ -10,16 +10,25 @@
 namespace partune {
 namespace {
 
+// How many of a tensor's units of work a thread takes at least.
+int64_t unit_grain(const Tensor& tensor, int64_t units) {
+  return units > 0 ? kScaleShiftGrain / (tensor.numel() / units + 1) + 1 : 1;
+}
+
 template <typename Real>
 void run_forward(const ScaleShiftBodies<Real>& bodies, const ChannelLayout& layout, const Tensor& input,
                  const Tensor& output, const Tensor& scale, const OptionalTensor& shift,
                  const OptionalTensor& bias, Activation activation) {
   const WideVector<Real> scales(scale, layout.channels, Real(1)), shifts(shift, layout.channels, Real(0)),
       biases(bias, layout.channels, Real(0));
-  const ScaleShiftForward<Real> task{layout,        input.const_data_ptr(), output.mutable_data_ptr(),
-                                     biases.data(), scales.data(),          shifts.data(),
-                                     activation,    is_streamed(input)};
-  torch::stable::parallel_for(0, input.numel(), kScaleShiftGrain,
+  const void* from = input.const_data_ptr();
+  void* to = output.mutable_data_ptr();
+  const ScaleShiftForward<Real> task{
+      layout,        from,          to,         biases.data(),
+      scales.data(), shifts.data(), activation, from != to && is_streamed(input)};
+  const WorkUnits units = work_units(layout);
+  const int64_t count = input.numel() > 0 ? units.rows * units.per_row : 0;
+  torch::stable::parallel_for(0, count, unit_grain(input, count),
                               [&](int64_t begin, int64_t end) { bodies.forward(task, begin, end); });
 }
 
@@ -70,12 +79,11 @@ ThreeTensors run_backward(const ScaleShiftBodies<Real>& bodies, const ChannelLay
     Real* negated = addends.own(channels);
     for (int64_t i = 0; i < channels; ++i) negated[i] = -negated[i];
   }
-  const BackwardUnits units = backward_units(layout);
+  const WorkUnits units = work_units(layout);
   Tensor grad_input = a.input_grad ? empty_output(a.grad) : empty_vector(a.grad, 0);
   Tensor grad_scale = empty_vector(a.scale, a.scale_grad ? channels : 0);
   Tensor grad_shift = empty_vector(a.scale, a.scale_grad ? channels : 0);
-  const std::unique_ptr<Real[]> partial(a.scale_grad ? new Real[size_t(units.sum_rows * 2 * channels)]
-                                                     : nullptr);
+  const std::unique_ptr<Real[]> partial(a.scale_grad ? new Real[size_t(units.rows * 2 * channels)] : nullptr);
   const ScaleShiftBackward<Real> task{layout,
                                       a.grad.const_data_ptr(),
                                       a.saved ? a.saved->const_data_ptr() : nullptr,
@@ -86,12 +94,11 @@ ThreeTensors run_backward(const ScaleShiftBodies<Real>& bodies, const ChannelLay
                                       partial.get(),
                                       a.activation,
                                       is_streamed(a.grad)};
-  const int64_t count = a.input_grad || a.scale_grad ? units.sum_rows * units.per_row : 0;
-  const int64_t grain = count > 0 ? kScaleShiftGrain / (a.grad.numel() / count + 1) + 1 : 1;
-  torch::stable::parallel_for(0, count, grain,
+  const int64_t count = a.input_grad || a.scale_grad ? units.rows * units.per_row : 0;
+  torch::stable::parallel_for(0, count, unit_grain(a.grad, count),
                               [&](int64_t begin, int64_t end) { bodies.backward(task, begin, end); });
   if (a.scale_grad) {
-    sum_partial_rows(bodies, {partial.get(), units.sum_rows, channels, nullptr, nullptr,
+    sum_partial_rows(bodies, {partial.get(), units.rows, channels, nullptr, nullptr,
                               a.from_output ? scales.data() : nullptr, grad_scale.mutable_data_ptr(),
                               grad_shift.mutable_data_ptr(), a.scale.element_size() == sizeof(Real)});
   }

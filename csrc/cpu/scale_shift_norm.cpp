@@ -31,15 +31,18 @@ template <typename Real>
 void run_forward(const NormBodies<Real>& bodies, const NormArguments& a, const ChannelLayout& layout,
                  const Tensor& output, const OptionalTensor& mean, const Tensor& rstd) {
   const int64_t channels = layout.channels;
-  const WideVector<Real> weight(a.weight, channels, Real(1)), bias(a.bias, channels, Real(0));
-  const WideVector<Real> scale(a.scale, channels, Real(1)), shift(a.shift, channels, Real(0));
+  const WideVector<Real> bias(a.bias, channels, Real(0)), scale(a.scale, channels, Real(1));
+  WideVector<Real> gain(a.weight, channels, Real(1)), offset(a.shift, channels, Real(0));
+  Real *gains = gain.own(channels), *offsets = offset.own(channels);
+  for (int64_t i = 0; i < channels; ++i) {
+    gains[i] *= scale.data()[i];
+    offsets[i] += bias.data()[i] * scale.data()[i];
+  }
   const NormForward<Real> task{channels,
                                a.input.const_data_ptr(),
                                output.mutable_data_ptr(),
-                               weight.data(),
-                               bias.data(),
-                               scale.data(),
-                               shift.data(),
+                               gains,
+                               offsets,
                                mean ? static_cast<Real*>(mean->mutable_data_ptr()) : nullptr,
                                static_cast<Real*>(rstd.mutable_data_ptr()),
                                Real(a.eps),

@@ -16,24 +16,30 @@ namespace partune {
 
 // Below that many elements a second thread costs more than it saves.
 constexpr int64_t kScaleShiftGrain = 16384;
-// Results above that size are written around the caches: nobody would find them there.
-constexpr int64_t kStreamBytes = int64_t{16} << 20;
+// Results above that size are written around the caches: nobody would find them there. Not where they
+// overwrite their input, whose lines are in the cache.
+constexpr int64_t kStreamBytes = int64_t{32} << 20;
 
 inline bool is_streamed(const Tensor& like) {
   return like.numel() * int64_t(like.element_size()) > kStreamBytes;
 }
 
-// An uninitialised tensor like another. Where it is large the system is asked for huge pages: torch
-// takes such memory from it anew at each call, and at 4 KiB a page faults cost more than the kernel.
+// Memory that glibc takes from the system anew at each call, and gives back: its largest threshold. What is
+// smaller comes from a heap that keeps its pages; there, asking for huge ones made calls twice as slow.
+constexpr uintptr_t kFreshBytes = uintptr_t{32} << 20;
+
+// An uninitialised tensor like another. Where its pages are new the system is asked for huge ones: at
+// 4 KiB a page faults cost more than the kernel.
 inline Tensor empty_output(const Tensor& like) {
   Tensor output = torch::stable::empty_like(like);
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = 4096, kHugePage = uintptr_t{2} << 20;
-  char* data = static_cast<char*>(output.mutable_data_ptr());
+  constexpr uintptr_t kPage = 4096;
   const uintptr_t bytes = uintptr_t(like.numel()) * like.element_size();
-  const uintptr_t before = -reinterpret_cast<uintptr_t>(data) & (kPage - 1);
-  const uintptr_t pages = bytes > before ? (bytes - before) / kPage : 0;
-  if (pages * kPage > 2 * kHugePage) madvise(data + before, pages * kPage, MADV_HUGEPAGE);
+  if (bytes >= kFreshBytes) {
+    char* data = static_cast<char*>(output.mutable_data_ptr());
+    const uintptr_t before = -reinterpret_cast<uintptr_t>(data) & (kPage - 1);
+    madvise(data + before, (bytes - before) & ~(kPage - 1), MADV_HUGEPAGE);
+  }
 #endif
   return output;
 }

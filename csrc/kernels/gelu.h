@@ -1,10 +1,13 @@
 // GELU and its derivative, of the same few operations on every machine: no libm.
 //
-// Both forms take one exponential and one quotient. Exact GELU is z·Phi(z) with Phi(-a) =
-// exp(-a²/2)·R(a); R falls smoothly from 1/2, and is a polynomial in (a - k)/(a + k), fitted here to
-// mpmath's erfc with relative errors weighted alike (1e-9 in float32, 1e-17 in float64). Evaluated in
-// float32 it adds up to 5 units in the last place. The square's rounding error is put back into the
-// exponential where multiply_add is fused, so the lower tail keeps its relative accuracy.
+// Both forms are max(z, 0) - a·tail(a) with a = |z|, where tail falls from 1/2 to 0, and take one
+// exponential and one quotient. Exact GELU has tail(a) = Phi(-a) = exp(-a²/2)·R(a); R falls smoothly from
+// 1/2, and is a polynomial in (a - k)/(a + k), fitted here to mpmath's erfc with relative errors weighted
+// alike (1e-8 in float32, 1e-17 in float64). Evaluated in float32 it adds up to 5 units in the last
+// place. The exponent's square is rounded after its whole part has gone, where multiply_add is fused, so
+// the lower tail keeps its relative accuracy.
+//
+// All of it takes one number or the lanes of a register (lanes.h).
 #pragma once
 #include "platform.h"
 
@@ -15,16 +18,16 @@ struct GeluConstants;
 
 template <>
 struct GeluConstants<float> {
-  static constexpr int kExpDegree = 7;
+  static constexpr int kExpDegree = 6;
   static constexpr int kNewtonSteps = 3;
   static constexpr float kRoundingShift = 12582912.0f;  // 1.5·2^23: adding it rounds to an integer
-  static constexpr float kLog2E = 1.44269504f;
-  static constexpr float kLn2High = 0.693145752f;
-  static constexpr float kLn2Low = 1.42860677e-6f;
-  static constexpr float kLargestExponent = 87.0f;  // exp(-87) is still a normal number
-  static constexpr float kTailLimit = 13.1875f;     // below -13.19 Phi is subnormal
-  static constexpr float kTailCentre = 3.5f;
-  static constexpr int kTailDegree = 10;
+  static constexpr float kHalfLog2E = 0.721347520f;
+  static constexpr float kTwoLn2High = 1.38629150f;
+  static constexpr float kTwoLn2Low = 2.85721364e-6f;
+  static constexpr float kTailLimit = 13.1875f;  // there exp(-a²/2) is still a normal number
+  static constexpr float kTailCentre = 3.0f;
+  static constexpr int kTailDegree = 9;
+  static constexpr float kTanhLimit = 9.9375f;  // and here exp(-v)
 };
 
 template <>
@@ -32,21 +35,40 @@ struct GeluConstants<double> {
   static constexpr int kExpDegree = 13;
   static constexpr int kNewtonSteps = 5;
   static constexpr double kRoundingShift = 6755399441055744.0;  // 1.5·2^52
-  static constexpr double kLog2E = 1.4426950408889634;
-  static constexpr double kLn2High = 0.69314718036912382;
-  static constexpr double kLn2Low = 1.9082149292705877e-10;
-  static constexpr double kLargestExponent = 708.0;
+  static constexpr double kHalfLog2E = 0.7213475204444817;
+  static constexpr double kTwoLn2High = 1.3862943607382476;
+  static constexpr double kTwoLn2Low = 3.8164298585411754e-10;
   static constexpr double kTailLimit = 37.5;
   static constexpr double kTailCentre = 4.5;
   static constexpr int kTailDegree = 22;
+  static constexpr double kTanhLimit = 21.0;
 };
+
+// exp(-x/2) by powers of x, |x| <= ln(2): fitted, or Taylor's.
+PARTUNE_FN float exp_coefficient(int power, float) {
+  constexpr float kCoefficients[] = {
+      1.0f,
+      -5.000000000e-01f,
+      1.249999851e-01f,
+      -2.083314955e-02f,
+      2.604268258e-03f,
+      -2.615281846e-04f,
+      2.159238102e-05f,
+  };
+  return kCoefficients[power];
+}
+PARTUNE_FN double exp_coefficient(int power, double) {
+  double coefficient = 1;
+  PARTUNE_UNROLL
+  for (int k = 1; k <= power; ++k) coefficient /= -2.0 * k;
+  return coefficient;
+}
 
 // Ascending powers of (a - kTailCentre)/(a + kTailCentre).
 PARTUNE_FN float tail_coefficient(int power, float) {
   constexpr float kCoefficients[] = {
-      1.063451543e-01f, -1.871397048e-01f, 1.258552521e-01f,  -6.163945049e-02f,
-      1.906568557e-02f, -1.561190002e-03f, -1.381743932e-03f, 3.893340763e-04f,
-      1.339213195e-04f, -5.113341831e-05f, -2.040489926e-05f,
+      1.215139478e-01f, -2.064026147e-01f, 1.232250109e-01f,  -4.621335864e-02f, 6.132292561e-03f,
+      2.904900350e-03f, -9.845132008e-04f, -3.403090232e-04f, 1.163488196e-04f,  5.447281728e-05f,
   };
   return kCoefficients[power];
 }
@@ -72,10 +94,12 @@ PARTUNE_FN double double_from_bits(uint64_t bits) {
 #endif
 }
 
-// 2^n from n + kRoundingShift, whose lowest bits count n.
-PARTUNE_FN float power_of_two(float shifted) { return float_from_bits((float_bits(shifted) + 127u) << 23); }
-PARTUNE_FN double power_of_two(double shifted) {
-  return double_from_bits((double_bits(shifted) + 1023u) << 52);
+// p·2^n, for a p near 1 and a normal result, from n + kRoundingShift, whose lowest bits count n.
+PARTUNE_FN float scale_by_power(float p, float shifted) {
+  return float_from_bits(float_bits(p) + (float_bits(shifted) << 23));
+}
+PARTUNE_FN double scale_by_power(double p, double shifted) {
+  return double_from_bits(double_bits(p) + (double_bits(shifted) << 52));
 }
 
 // 1/d for a normal d > 0, within an eighth: subtracting bits negates the exponent.
@@ -83,76 +107,80 @@ PARTUNE_FN float near_reciprocal(float d) { return float_from_bits(0x7ef311c7u -
 PARTUNE_FN double near_reciprocal(double d) { return double_from_bits(0x7fde623822fc16e6u - double_bits(d)); }
 
 // numerator/d for a d in [1, 100], to the last place. Without a division: CUDA's has a branch for other
-// numbers, and eight of them in a row ran out of barriers.
-template <typename Real>
-PARTUNE_FN Real quotient(Real numerator, Real d) {
-  Real reciprocal = near_reciprocal(d);
+// numbers, and eight of them in a row ran out of barriers. For every float32 quotient that is asked for
+// below it has the bits of the division (all were tried).
+template <typename Number>
+PARTUNE_FN Number quotient(Number numerator, Number d) {
+  Number reciprocal = near_reciprocal(d);
   PARTUNE_UNROLL
-  for (int i = 0; i < GeluConstants<Real>::kNewtonSteps; ++i) {
-    reciprocal = multiply_add(reciprocal, multiply_add(-reciprocal, d, Real(1)), reciprocal);
+  for (int i = 0; i < GeluConstants<ScalarOf<Number>>::kNewtonSteps; ++i) {
+    reciprocal = multiply_add(reciprocal, multiply_add(-reciprocal, d, Number(1)), reciprocal);
   }
-  const Real near = multiply(numerator, reciprocal);
+  const Number near = multiply(numerator, reciprocal);
   return multiply_add(multiply_add(-near, d, numerator), reciprocal, near);
 }
 
-// exp(x) for -kLargestExponent <= x <= 0: by a Taylor series within ln(2)/2 of 0.
-template <typename Real>
-PARTUNE_FN Real exp_of_negative(Real x) {
+// exp(-a·b/2) for an a·b >= 0 that leaves it normal.
+template <typename Number>
+PARTUNE_FN Number exp_of_minus_half(Number a, Number b) {
+  using Real = ScalarOf<Number>;
   using C = GeluConstants<Real>;
-  const Real shifted = multiply_add(x, C::kLog2E, C::kRoundingShift);
-  const Real n = shifted - C::kRoundingShift;
-  const Real r = multiply_add(-n, C::kLn2Low, multiply_add(-n, C::kLn2High, x));
-  Real sum = Real(1);
+  const Number shifted = multiply_add(multiply(a, b), Number(-C::kHalfLog2E), Number(C::kRoundingShift));
+  const Number n = shifted - Number(C::kRoundingShift);
+  const Number near = multiply_add(a, b, multiply(n, Number(C::kTwoLn2High)));
+  const Number r = multiply_add(n, Number(C::kTwoLn2Low), near);
+  Number sum = Number(exp_coefficient(C::kExpDegree, Real()));
   PARTUNE_UNROLL
-  for (int k = C::kExpDegree; k >= 1; --k) sum = multiply_add(multiply(r, Real(1.0 / k)), sum, Real(1));
-  return multiply(sum, power_of_two(shifted));
+  for (int power = C::kExpDegree - 1; power >= 0; --power) {
+    sum = multiply_add(sum, r, Number(exp_coefficient(power, Real())));
+  }
+  return scale_by_power(sum, shifted);
 }
 
 // Value and derivative of a function.
-template <typename Real>
+template <typename Number>
 struct ValueAndSlope {
-  Real value, slope;
+  Number value, slope;
 };
 
-template <typename Real>
-PARTUNE_FN ValueAndSlope<Real> gelu(Real z) {
-  using C = GeluConstants<Real>;
-  const Real size = z < Real(0) ? -z : z;
-  const Real a = size < C::kTailLimit ? size : C::kTailLimit;
-  const Real square = multiply(a, a);
-  const Real error = multiply_add(a, a, -square);
-  Real density = exp_of_negative(multiply(Real(-0.5), square));
-  density = multiply_add(density, multiply(Real(-0.5), error), density);
-  density = size > C::kTailLimit ? Real(0) : density;
-  const Real t = quotient(a - C::kTailCentre, a + C::kTailCentre);
-  Real ratio = tail_coefficient(C::kTailDegree, Real());
-  PARTUNE_UNROLL
-  for (int power = C::kTailDegree - 1; power >= 0; --power) {
-    ratio = multiply_add(ratio, t, tail_coefficient(power, Real()));
-  }
-  const Real tail = multiply(density, ratio);
-  const Real cdf = z < Real(0) ? tail : Real(1) - tail;
-  const Real inverse_root = Real(0.3989422804014327);  // 1/sqrt(2·pi)
-  return {multiply(z, cdf), multiply_add(z, multiply(density, inverse_root), cdf)};
+// Of max(z, 0) - size·tail, from bend = -d(size·tail)/d(size). Beyond where `size` ends tail is as good
+// as 0.
+template <typename Number>
+PARTUNE_FN ValueAndSlope<Number> less_its_tail(Number z, Number size, Number tail, Number bend) {
+  return {multiply_add(-size, tail, positive_part(z)), where_negative(z, -bend, Number(1) + bend)};
 }
 
-// z·logistic(v), v = sqrt(8/pi)·(z + 0.044715·z³), which is z·(1 + tanh(v/2))/2.
-template <typename Real>
-PARTUNE_FN ValueAndSlope<Real> gelu_tanh(Real z) {
+template <typename Number>
+PARTUNE_FN ValueAndSlope<Number> gelu(Number z) {
+  using Real = ScalarOf<Number>;
   using C = GeluConstants<Real>;
-  const Real root = Real(1.5957691216057308), cubic = Real(0.044715), cubic3 = Real(0.134145);
-  const Real square = multiply(z, z);
-  const Real v = multiply(multiply(root, z), multiply_add(cubic, square, Real(1)));
-  const Real size = v < Real(0) ? -v : v;
-  const bool beyond = size > C::kLargestExponent;
-  const Real e =
-      beyond ? Real(0) : exp_of_negative(size < C::kLargestExponent ? -size : -C::kLargestExponent);
-  const Real upper = quotient(Real(1), Real(1) + e);
-  const Real lower = multiply(e, upper);
-  const Real logistic = v < Real(0) ? lower : upper;
-  const Real slope = multiply(root, multiply_add(cubic3, square, Real(1)));
-  const Real bend = beyond ? Real(0) : multiply(multiply(z, slope), multiply(lower, upper));
-  return {multiply(z, logistic), logistic + bend};
+  const Number a = magnitude_up_to(z, C::kTailLimit);
+  const Number density = exp_of_minus_half(a, a);
+  const Number t = quotient(a - Number(C::kTailCentre), a + Number(C::kTailCentre));
+  Number ratio = Number(tail_coefficient(C::kTailDegree, Real()));
+  PARTUNE_UNROLL
+  for (int power = C::kTailDegree - 1; power >= 0; --power) {
+    ratio = multiply_add(ratio, t, Number(tail_coefficient(power, Real())));
+  }
+  const Number inverse_root = Number(Real(0.3989422804014327));  // 1/sqrt(2·pi)
+  return less_its_tail(z, a, multiply(density, ratio),
+                       multiply(density, multiply_add(a, inverse_root, -ratio)));
+}
+
+// z·logistic(v), v = sqrt(8/pi)·(z + 0.044715·z³), which is z·(1 + tanh(v/2))/2. Its tail is
+// logistic(-|v|).
+template <typename Number>
+PARTUNE_FN ValueAndSlope<Number> gelu_tanh(Number z) {
+  using Real = ScalarOf<Number>;
+  const Real root = Real(1.5957691216057308), cubic = Real(0.07135481627260025);  // root·0.044715
+  const Number a = magnitude_up_to(z, GeluConstants<Real>::kTanhLimit);
+  const Number square = multiply(a, a);
+  const Number factor = multiply_add(square, Number(2 * cubic), Number(2 * root));
+  const Number e = exp_of_minus_half(a, factor);
+  const Number tail = quotient(e, Number(1) + e);
+  const Number slope = multiply_add(square, Number(3 * cubic), Number(root));
+  const Number bend = multiply(tail, multiply_add(multiply(a, slope), Number(1) - tail, Number(-1)));
+  return less_its_tail(z, a, tail, bend);
 }
 
 }  // namespace partune

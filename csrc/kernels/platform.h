@@ -81,6 +81,30 @@ PARTUNE_FN float square_root(float x) { return __builtin_sqrtf(x); }
 PARTUNE_FN double square_root(double x) { return __builtin_sqrt(x); }
 #endif
 
+// ---- one number, as bodies that are written for one or for many lanes (lanes.h) see it ----
+
+template <typename Number>
+struct ScalarOfNumber {
+  using Type = Number;
+};
+template <typename Number>
+using ScalarOf = typename ScalarOfNumber<Number>::Type;
+
+// A NaN stays one.
+template <typename Real>
+PARTUNE_FN Real magnitude_up_to(Real x, Real limit) {
+  const Real size = x < Real(0) ? -x : x;
+  return size > limit ? limit : size;
+}
+template <typename Real>
+PARTUNE_FN Real positive_part(Real x) {
+  return x < Real(0) ? Real(0) : x;
+}
+template <typename Real>
+PARTUNE_FN Real where_negative(Real x, Real yes, Real no) {
+  return x < Real(0) ? yes : no;
+}
+
 // ---- loading ----
 
 PARTUNE_FN float widen(float x) { return x; }

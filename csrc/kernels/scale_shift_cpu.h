@@ -5,12 +5,13 @@
 
 namespace partune {
 
-// Rows that one partial column sum covers. Fixed, so that results don't depend on the threads.
+// Rows that a unit of work takes, and that one partial column sum covers. Fixed, so that results don't
+// depend on the threads.
 constexpr int64_t kSumRows = 64;
 // Of channels-first tensors: how many neighbours in memory one partial sum covers.
 constexpr int64_t kSumSegment = 8192;
-// Columns of rows × channels that a unit of work takes: its sums stay in the L1 cache.
-constexpr int64_t kSumColumns = 1024;
+// Columns of rows × channels that a unit of work takes: its sums stay in the nearest caches.
+constexpr int64_t kSumColumns = 4096;
 
 template <typename Real>
 struct ScaleShiftForward {
@@ -49,8 +50,8 @@ struct NormForward {
   int64_t channels;
   const void* input;
   void* output;
-  const Real *weight, *bias, *scale, *shift;  // [channels]
-  Real *mean, *rstd;                          // [rows]; no mean: RMSNorm
+  const Real *gain, *offset;  // [channels], weight·scale and bias·scale + shift
+  Real *mean, *rstd;          // [rows]; no mean: RMSNorm
   Real eps;
   bool stream;
 };
@@ -69,9 +70,9 @@ struct NormBackward {
 // The bodies of one stored dtype.
 template <typename Real>
 struct ScaleShiftBodies {
-  // Elements [begin, end), in memory's order.
+  // Units [begin, end): see work_units.
   void (*forward)(const ScaleShiftForward<Real>&, int64_t begin, int64_t end);
-  // Units [begin, end): see backward_units.
+  // Units [begin, end): see work_units.
   void (*backward)(const ScaleShiftBackward<Real>&, int64_t begin, int64_t end);
   // Channels [begin, end).
   void (*sum_columns)(const ColumnSums<Real>&, int64_t begin, int64_t end);
@@ -106,12 +107,13 @@ extern const ScaleShiftCpu scale_shift_cpu;
 extern const ScaleShiftNormCpu scale_shift_norm_cpu;
 }  // namespace avx512
 
-// How a backward is divided: rows of partial sums, and units of work in each.
-struct BackwardUnits {
-  int64_t sum_rows, per_row;
+// How work is divided: rows of units, and units in each. Of a backward, a row of units leaves a row of
+// partial sums.
+struct WorkUnits {
+  int64_t rows, per_row;
 };
 
-PARTUNE_FN BackwardUnits backward_units(const ChannelLayout& layout) {
+PARTUNE_FN WorkUnits work_units(const ChannelLayout& layout) {
   if (layout.inner == 1) {
     return {(layout.outer + kSumRows - 1) / kSumRows, (layout.channels + kSumColumns - 1) / kSumColumns};
   }

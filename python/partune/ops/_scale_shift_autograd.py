@@ -179,7 +179,8 @@ class ScaleShiftInPlace(torch.autograd.Function):
         if any(ctx.needs_input_grad[1:4]):
             ctx.from_output = saves_output(scale, shift, input.dtype)
             saved = input if ctx.from_output else input.clone()
-        OPS["scale_shift_"].overload(input, scale, shift, bias, channel_dim=channel_dim)
+        with torch._C._AutoDispatchBelowADInplaceOrView():  # mark_dirty bumps the version
+            OPS["scale_shift_"].overload(input, scale, shift, bias, channel_dim=channel_dim)
         ctx.mark_dirty(input)
         ctx.save_for_backward(saved, scale, shift, bias)
         return input

@@ -66,8 +66,8 @@ PARTUNE_FN void multiply_by_shuffles(float (&d)[4], const uint32_t (&a)[4], cons
   PARTUNE_UNROLL
   for (int pair = 0; pair < 8; ++pair) {
     const int half = pair / 4, from = pair % 4;
-    const uint32_t rows[2] = {__shfl_sync(0xffffffffu, a[2 * half], row + from),
-                              __shfl_sync(0xffffffffu, a[2 * half + 1], row + from)};
+    const uint32_t rows[2] = {__shfl_sync(0xffffffffu, half ? a[2] : a[0], row + from),
+                              __shfl_sync(0xffffffffu, half ? a[3] : a[1], row + from)};
     const uint32_t columns[2] = {__shfl_sync(0xffffffffu, b[half], column + from),
                                  __shfl_sync(0xffffffffu, b[half], column + 4 + from)};
     PARTUNE_UNROLL

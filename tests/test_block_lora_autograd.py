@@ -266,8 +266,8 @@ def test_a_backward_made_stale_raises() -> None:
             loss.backward()
     hidden = layers.downs[0].sum() * torch.ones(10, 7, dtype=torch.float64)
     squared = hidden.square()  # whose backward needs what is overwritten
-    ops.block_lora(x.detach().view(10, 12), [hidden], layers.downs[:1], layers.ups[:1], scales=[1.0],
-                   inplace=True)  # fmt: skip
+    adapter = layers.downs[:1], layers.ups[:1]
+    ops.block_lora(x.detach().view(10, 12), [hidden], *adapter, scales=[1.0], inplace=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         squared.sum().backward()
 

@@ -201,20 +201,17 @@ def test_nan_and_infinity_stay_in_their_tokens(ops: Any, device: torch.device) -
 
 @on_cpu_and_gpu
 def test_opcheck(ops: Any, device: torch.device) -> None:
+    opcheck = torch.library.opcheck
     for share in SHARES:
         tested = case(SMALL, torch.float32, share=share, dropout=0.2, device=device)
-        arguments = tested.outputs, tested.input, tested.downs, tested.ups
-        torch.library.opcheck(ops.block_lora_.default, arguments, tested.options)
+        adapters = tested.downs, tested.ups
+        arguments: tuple[Any, ...] = tested.outputs, tested.input, *adapters
+        opcheck(ops.block_lora_.default, arguments, tested.options)
         _, hidden = tested.forward(ops.block_lora_)
-        grads = (
-            [torch.empty_like(d) for d in tested.downs],
-            [torch.empty_like(u) for u in tested.ups],
-        )
-        rest = tested.grads, tested.input, hidden, tested.downs, tested.ups
+        made = [[torch.empty_like(adapter) for adapter in both] for both in adapters]
         for grad_input in (torch.zeros_like(tested.input), None):
-            torch.library.opcheck(
-                ops.block_lora_backward_.default, (grad_input, *grads, *rest), tested.options
-            )
+            arguments = grad_input, *made, tested.grads, tested.input, hidden, *adapters
+            opcheck(ops.block_lora_backward_.default, arguments, tested.options)
 
 
 @pytest.mark.parametrize("name", ["block_lora_", "block_lora_backward_"])

@@ -46,14 +46,11 @@ class DropoutDraws {
     const PhiloxWords drawn = philox(index, task_.step, task_.dropout.layer_id, task_.key);
     const Words low = (drawn.word[0] & 0xffffffffu) | drawn.word[1] << 32;
     const Words high = (drawn.word[2] & 0xffffffffu) | drawn.word[3] << 32;
-    Words front = {}, back = {};
-    for (int i = 0; i < kWords / 2; ++i) {
-      front[2 * i] = uint64_t(i);
-      front[2 * i + 1] = uint64_t(kWords + i);
-      back[2 * i] = uint64_t(kWords / 2 + i);
-      back[2 * i + 1] = uint64_t(kWords + kWords / 2 + i);
+    uint64_t halves[2 * kWords];
+    for (int64_t i = 0; i < kWords; ++i) {
+      halves[2 * i] = low[i];
+      halves[2 * i + 1] = high[i];
     }
-    const Words halves[2] = {__builtin_shuffle(low, high, front), __builtin_shuffle(low, high, back)};
     __builtin_memcpy(draws, halves, sizeof draws);
   }
 

@@ -1,5 +1,5 @@
-// Products of float32 numbers by the tensor cores' bfloat16: a number is the sum of two, to 2^-17 of its
-// size, and of the four products of two such sums three count. The two lie in tiles of shared memory.
+// Products of float32 numbers by the tensor cores' bfloat16: a number is the sum of two, to 2^-18 of its
+// size, and a product that of four. The two lie in tiles of shared memory.
 #pragma once
 #include "kit.cuh"
 
@@ -66,8 +66,8 @@ PARTUNE_FN void multiply_by_shuffles(float (&d)[4], const uint32_t (&a)[4], cons
   PARTUNE_UNROLL
   for (int pair = 0; pair < 8; ++pair) {
     const int half = pair / 4, from = pair % 4;
-    const uint32_t rows[2] = {__shfl_sync(0xffffffffu, a[2 * half], row + from),
-                              __shfl_sync(0xffffffffu, a[2 * half + 1], row + from)};
+    const uint32_t rows[2] = {__shfl_sync(0xffffffffu, half ? a[2] : a[0], row + from),
+                              __shfl_sync(0xffffffffu, half ? a[3] : a[1], row + from)};
     const uint32_t columns[2] = {__shfl_sync(0xffffffffu, b[half], column + from),
                                  __shfl_sync(0xffffffffu, b[half], column + 4 + from)};
     PARTUNE_UNROLL
@@ -88,6 +88,7 @@ PARTUNE_FN void add_product(float (&sums)[4], const uint32_t (&left)[4], const u
 }
 
 PARTUNE_FN void multiply_split(const SplitLeft& left, const SplitRight& right, float (&sums)[4]) {
+  add_product(sums, left.low, right.low);
   add_product(sums, left.low, right.high);
   add_product(sums, left.high, right.low);
   add_product(sums, left.high, right.high);

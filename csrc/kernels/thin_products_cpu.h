@@ -162,7 +162,7 @@ PARTUNE_FN void in_runs(int64_t count, const Body& body, int64_t begin = 0) {
 template <int kTokens, int kRanks, typename Real>
 PARTUNE_FN void project_block(Rows<const Real> x, Rows<const Real> thin, int64_t columns,
                               Rows<Real> products) {
-  constexpr int kStep = kLanes<Real>;
+  constexpr int64_t kStep = kLanes<Real>;
   Vector<Real> sums[kTokens][kRanks] = {};
   const auto add = [&](int64_t column, int64_t count) __attribute__((always_inline)) {
     Vector<Real> read[kTokens];
@@ -220,10 +220,9 @@ static void project(Rows<const Real> x, int64_t tokens, Rows<const Real> thin, i
 template <int kRanks, int kVectors, typename Real>
 PARTUNE_FN void accumulate_block(Rows<const Real> factors, Rows<const Real> x, int64_t tokens, int64_t last,
                                  Rows<Real> sums) {
-  constexpr int kStep = kLanes<Real>;
+  constexpr int64_t kStep = kLanes<Real>;
   // Of the last vector `last` elements exist.
-  const auto count = [&](int k)
-                         __attribute__((always_inline)) { return k + 1 < kVectors ? int64_t(kStep) : last; };
+  const auto count = [&](int k) __attribute__((always_inline)) { return k + 1 < kVectors ? kStep : last; };
   Vector<Real> kept[kRanks][kVectors];
   PARTUNE_UNROLL
   for (int j = 0; j < kRanks; ++j) {
@@ -256,11 +255,11 @@ struct AccumulateRanks {
   Rows<Real> sums;
   template <int kRanks>
   PARTUNE_MEMBER void run(int64_t rank) const {
-    constexpr int kStep = kLanes<Real>;
+    constexpr int64_t kStep = kLanes<Real>;
     const Rows<const Real> left{factors.at + rank, factors.stride};
     int64_t column = 0;
     for (; column + kAccumulateVectors * kStep <= columns; column += kAccumulateVectors * kStep) {
-      accumulate_block<kRanks, kAccumulateVectors>(left, {x.at + column, x.stride}, tokens, int64_t(kStep),
+      accumulate_block<kRanks, kAccumulateVectors>(left, {x.at + column, x.stride}, tokens, kStep,
                                                    {sums.row(rank) + column, sums.stride});
     }
     for (; column < columns; column += kStep) {
@@ -293,9 +292,8 @@ struct Chunks {
 template <int kTokens, int kVectors, typename Stored, typename Real>
 PARTUNE_FN void expand_block(Rows<const Real> factors, Rows<const Real> thin, int64_t ranks, int64_t last,
                              const Chunks<Stored>& out) {
-  constexpr int kStep = kLanes<Real>;
-  const auto count = [&](int k)
-                         __attribute__((always_inline)) { return k + 1 < kVectors ? int64_t(kStep) : last; };
+  constexpr int64_t kStep = kLanes<Real>;
+  const auto count = [&](int k) __attribute__((always_inline)) { return k + 1 < kVectors ? kStep : last; };
   Vector<Real> sums[kTokens][kVectors] = {};
   for (int64_t rank = 0; rank < ranks; ++rank) {
     Vector<Real> read[kVectors];
@@ -330,11 +328,11 @@ struct ExpandTokens {
   Chunks<Stored> out;
   template <int kTokens>
   PARTUNE_MEMBER void run(int64_t token) const {
-    constexpr int kStep = kLanes<Real>;
+    constexpr int64_t kStep = kLanes<Real>;
     const Rows<const Real> left{factors.row(token), factors.stride};
     int64_t column = 0;
     for (; column + kExpandVectors * kStep <= columns; column += kExpandVectors * kStep) {
-      expand_block<kTokens, kExpandVectors>(left, {thin.at + column, thin.stride}, ranks, int64_t(kStep),
+      expand_block<kTokens, kExpandVectors>(left, {thin.at + column, thin.stride}, ranks, kStep,
                                             out.from(token, column));
     }
     for (; column < columns; column += kStep) {

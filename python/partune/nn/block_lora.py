@@ -204,7 +204,7 @@ class BlockLoRAParts(LowRank):
         super().__init__()
         first = next(iter(parts.values()))
         self.share, self.scale, self.dropout = first.share, first.scale, first.dropout
-        self.in_features, self.out_features = first.in_features, out
+        self.blocks, self.out_features = first.blocks, out
         for name, part in parts.items():
             if not name.isidentifier() or hasattr(self, name):
                 raise ValueError(
@@ -213,6 +213,7 @@ class BlockLoRAParts(LowRank):
                 )
             self.add_module(name, part)
             self.register_buffer(f"{name}_rows", rows[name], persistent=False)
+        self.in_features = first.in_features
 
     def _parts(self) -> list[tuple[BlockLoRA, Tensor]]:
         return [(part, getattr(self, f"{name}_rows")) for name, part in self.named_children()]  # type: ignore[misc]

@@ -196,7 +196,7 @@ class BlockLoRAParts(LowRank):
         super().__init__()
         first = next(iter(parts.values()))
         self.share, self.scale, self.dropout = first.share, first.scale, first.dropout
-        self.out_features = out
+        self.blocks, self.out_features = first.blocks, out
         for name, part in parts.items():
             if not name.isidentifier() or hasattr(self, name):
                 raise ValueError(

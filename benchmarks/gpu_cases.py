@@ -86,6 +86,7 @@ def cases(device: str, size: int) -> dict[str, Callable[[], object]]:
         found[f"peer: torch's AdamW {name}"] = torch.optim.AdamW([parameter], fused=True).step
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         found |= scale_shift_cases(draw, size, str(dtype).removeprefix("torch."), dtype)
+        found |= block_lora_cases(draw, size, str(dtype).removeprefix("torch."), dtype)
     target = torch.empty_like(scores)
     found["peer: copy float32"] = lambda: target.copy_(scores)
     return found
@@ -133,6 +134,38 @@ def scale_shift_cases(
         f"layer_norm_scale_shift {name}": layer_norm,
         f"rms_norm_scale_shift {name}": rms_norm,
         f"peer: torch's scale and shift {name}": peer,
+    }
+
+
+def block_lora_cases(
+    draw: Callable[..., torch.Tensor], size: int, name: str, dtype: torch.dtype
+) -> dict[str, Callable[[], object]]:
+    """A layer of family block_lora, forward and backward, and torch's frozen one."""
+    x, grad = draw(size, size, dtype=dtype).requires_grad_(), draw(size, size, dtype=dtype)
+    weight, rank = draw(size, size, dtype=dtype), 16
+    seed = torch.tensor(0, device=x.device)
+
+    adapters = {
+        "input": (draw(rank, size // 2), draw(size, rank)),
+        "rank": (draw(rank // 2, size), draw(2, size, rank // 2)),
+    }
+
+    def step(share: str, dropout: float) -> None:
+        down, up = (adapter.requires_grad_() for adapter in adapters[share])
+        (y,) = ops.block_lora_linear(
+            x, [weight], [None], [down], [up], scales=[1.0], share=share, dropout=dropout,
+            seed=seed, step=seed,
+        )  # fmt: skip
+        torch.autograd.grad(y, [x, down, up], grad)
+
+    def peer() -> None:
+        torch.autograd.grad(torch.nn.functional.linear(x, weight), x, grad)
+
+    return {
+        f"block_lora {name}": lambda: step("input", 0.0),
+        f"block_lora shared rank {name}": lambda: step("rank", 0.0),
+        f"block_lora dropout {name}": lambda: step("input", 0.05),
+        f"peer: torch's frozen linear {name}": peer,
     }
 
 

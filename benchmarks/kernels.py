@@ -167,6 +167,35 @@ def rms_norm_scale_shift_backward(size: int) -> int:
     return 3 * ENTRIES * size + NORM_SUMS + 4 * N
 
 
+LORA_RANK, LORA_BLOCKS = 16, 2
+WIDTH = N // LORA_BLOCKS
+
+
+def lora_products(columns: int) -> int:
+    """A float32 number per token, rank and tile of columns, written and read; then hidden."""
+    tiles = columns // cuda_constant("kernels/thin_products.cuh", "kLoraTileColumns")
+    return (2 * tiles + 1) * 4 * N * LORA_RANK
+
+
+def lora_sums(columns: int) -> int:
+    """Of each block of tokens a float32 number per rank and column, written and read."""
+    tile = cuda_constant("kernels/thin_products.cuh", "kLoraTileTokens")
+    tiles = columns // cuda_constant("kernels/thin_products.cuh", "kLoraTileColumns")
+    fill = cuda_constant("cuda/block_lora.cuh", "kLoraBlocks")
+    blocks = N // (min(max(N * tiles // (fill * tile), 1), 8) * tile)
+    return 2 * blocks * 4 * columns * LORA_RANK
+
+
+def block_lora(size: int) -> int:
+    """Input read, output read and written."""
+    return 3 * ENTRIES * size + lora_products(WIDTH)
+
+
+def block_lora_backward(size: int) -> int:
+    """The output's gradient and the input read, the input's gradient read and written."""
+    return 4 * ENTRIES * size + lora_products(N) + lora_sums(N) + lora_sums(WIDTH)
+
+
 # By op: bytes of weights, scores or values of 4 or 2 bytes; whether there is a bfloat16 form.
 BYTES: dict[str, tuple[Callable[[int], int], bool]] = {
     "sparse_adamw_": (sparse_adamw, True),
@@ -176,6 +205,8 @@ BYTES: dict[str, tuple[Callable[[int], int], bool]] = {
     "threshold_csr": (threshold, True),
     "topk_csr_factors": (topk_factors, False),
     "random_scores": (random_scores, False),
+    "block_lora_": (block_lora, True),
+    "block_lora_backward_": (block_lora_backward, True),
     "half_adamw_": (half_adamw, True),
     "random_mask": (packed_mask, False),
     "mask_counts": (packed_mask, False),
@@ -217,8 +248,9 @@ A matrix of {n} by {n}, {density:.0%} of it selected, uniformly: the worst case,
 of all 32-byte sectors of float32 hold a selected entry and {bfloat16:.0%} of bfloat16's. A
 scattered access counts its whole sector. Moments are float32 in a step and have the named dtype in
 `remap_`; factors have rank {rank}; `half_adamw_` steps half of the elements, by a drawn mask;
-family `scale_shift` takes all of the matrix. Megabytes are 10^6 bytes; times are microseconds at
-the memory bandwidth of {bandwidths}, and count nothing else.
+family `scale_shift` takes all of the matrix; family `block_lora` has {n} tokens of {n} features
+and as many outputs, rank {lora_rank} in {lora_blocks} blocks. Megabytes are 10^6 bytes; times are
+microseconds at the memory bandwidth of {bandwidths}, and count nothing else.
 
 """
 FACTORS_NOTE = """
@@ -294,6 +326,8 @@ def render(cells: dict[str, dict[str, str]]) -> str:
         n=N,
         density=DENSITY,
         rank=RANK,
+        lora_rank=LORA_RANK,
+        lora_blocks=LORA_BLOCKS,
         float32=scattered(4) / (4 * ENTRIES),
         bfloat16=scattered(2) / (2 * ENTRIES),
         bandwidths=", ".join(names[:-1]) + f" and {names[-1]}",

@@ -13,11 +13,13 @@ from partune.ops._contract import OPS
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 ACTIVATIONS = ["none", "gelu", "gelu_tanh"]
-# By channel_dim. Rows of channels: odd sizes, more rows than a block, more channels than a tile.
+# By channel_dim. Rows of channels: odd sizes, more rows than a block, more channels than a tile; a
+# whole CUDA tile, and a whole segment of a channel's neighbours.
 LAYOUTS: list[tuple[tuple[int, ...], int]] = [
     ((0, 5), -1), ((3, 0), -1), ((1, 1), -1), ((7,), -1), ((63, 129), -1), ((1, 5000), -1),
     ((1000, 3), -1), ((2, 5, 300), -1), ((131, 520), -1), ((4, 6), 1), ((2, 3, 7), 1),
     ((0, 3, 4), 1), ((2, 3, 0), 1), ((2, 5, 9, 11), 1), ((1, 3, 100, 101), 1), ((2, 130, 1, 1), 1),
+    ((33, 256), -1), ((2, 1, 64, 64), 1),
 ]  # fmt: skip
 NORM_SHAPES: list[tuple[int, ...]] = [
     (0, 5), (1, 1), (7,), (63, 129), (1, 5000), (1000, 3), (2, 5, 300), (3, 6000)

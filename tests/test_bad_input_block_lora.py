@@ -341,7 +341,8 @@ def test_wrong_files(options, message, tmp_path):
 def test_bad_inputs_to_a_layer():
     layer = BlockLoRALinear(8, 4)
     for x, error, message in (
-        (torch.ones(2, 7), ValueError, r"weights\[0\]: got shape \(4, 8\)"),
+        (torch.ones(2, 7), ValueError, r"input: got shape \(2, 7\), want \(\.\.\., 8\)"),
+        (torch.ones(()), ValueError, r"input: got shape \(\), want \(\.\.\., 8\)"),
         (torch.ones(2, 8).bfloat16(), TypeError, r"weights\[0\]: got dtype torch.float32 beside"),
         (torch.ones(2, 8, dtype=torch.int64), TypeError, "input: got dtype int64"),
     ):

@@ -160,4 +160,6 @@ def test_fragments_lie_as_cute_says() -> None:
         [cuda_emulator.build("plain", "fragment_layouts") / "fragment_layouts"],
         capture_output=True, text=True,
     )  # fmt: skip
-    assert run.stdout == "mma: 0 of 128 wrong\nldmatrix: 0 of 4096 bits wrong\n"
+    assert run.stdout == (
+        "mma: 0 of 128 wrong\nshuffles: 0 of 128 wrong\nldmatrix: 0 of 4096 bits wrong\n"
+    )

@@ -1,4 +1,4 @@
-"""Block-LoRA layers: parameters, forward and gradients beside plain torch, dropout, copies."""
+"""Block-LoRA layers: parameters, forward and gradients beside plain torch, conversions."""
 
 import copy
 import doctest
@@ -8,12 +8,22 @@ import pickle
 
 import pytest
 import torch
+import torch.distributed.fsdp
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from block_lora_layers import PlainLayer, plain_product, trained
-from nn_models import saved_bytes
-from partune.nn import BlockLoRA, BlockLoRAConfig, BlockLoRALinear, attach, trainable_parameters
+from block_lora_layers import (
+    assert_close,
+    pair,
+    plain_product,
+    trained,
+)
+from partune.nn import (
+    BlockLoRA,
+    BlockLoRAConfig,
+    BlockLoRALinear,
+    attach,
+    trainable_parameters,
+)
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 # of bfloat16: the plain product rounds between its two products as well, each to 8 bits
@@ -30,13 +40,6 @@ OPTIONS = [
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-
-
-def assert_close(got, wanted, tolerance, what):
-    got, wanted = got.detach().double(), wanted.detach().double()
-    assert got.shape == wanted.shape, what
-    error, size = float((got - wanted).abs().max()), float(wanted.abs().max())
-    assert error <= tolerance * size, f"{what}: {error:g}, largest {size:g}"
 
 
 @pytest.mark.parametrize(
@@ -93,17 +96,6 @@ def test_parameters_of_clips_encoders():
 
 
 # ---- forward and gradients ----
-
-
-def pair(dtype, options, shape=(3, 5), bias=True):
-    """A layer, the same in plain torch, and an input for each that wants gradients."""
-    layer = BlockLoRALinear(24, 10, bias, dtype=dtype, **options)
-    layer = trained(layer)
-    base = nn.Linear(24, 10, bias, dtype=dtype).requires_grad_(False)
-    base.load_state_dict({k: v for k, v in layer.state_dict().items() if "block_lora" not in k})
-    plain = PlainLayer(base, copy.deepcopy(layer.adapter), {})
-    x = torch.randn(*shape, 24, dtype=dtype)
-    return layer, plain, x.clone().requires_grad_(), x.clone().requires_grad_()
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -221,77 +213,6 @@ def test_arms_that_share_the_rank_stay_equal():
     assert torch.linalg.matrix_rank(layer.adapter.delta()) == 6 // 3
 
 
-# ---- dropout ----
-
-
-def test_dropout_is_of_the_input_before_its_chunks_are_summed():
-    """With as many chunks as features and all factors 1, the product counts the kept ones."""
-    layer = BlockLoRALinear(64, 1, bias=False, rank=1, blocks=64, dropout=0.25)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.fill_(1.0)
-        layer.weight.zero_()
-    kept = layer(torch.ones(2000, 64)) * 0.75
-    assert torch.allclose(kept, kept.round(), atol=1e-3)
-    assert 47.5 < float(kept.mean()) < 48.5, "three quarters of 64"
-    assert float(kept.std()) > 2, "each row and feature is drawn for itself"
-    assert torch.equal(layer.eval()(torch.ones(3, 64)), torch.full((3, 1), 64.0))
-
-
-def test_each_call_draws_a_mask_of_its_own_by_torchs_generator():
-    layer = trained(BlockLoRALinear(24, 10, dropout=0.5))
-    x = torch.randn(6, 24)
-    torch.manual_seed(1)
-    first, second = layer(x), layer(x)
-    torch.manual_seed(1)
-    assert torch.equal(layer(x), first) and torch.equal(layer(x), second)
-    assert not torch.equal(first, second)
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_a_recomputed_forward_has_the_mask_of_the_first(use_reentrant):
-    model = nn.Sequential(*[trained(BlockLoRALinear(16, 16, dropout=0.5)) for _ in range(3)])
-    x = torch.randn(6, 16, requires_grad=True)
-
-    def gradients(run):
-        model.zero_grad()
-        x.grad = None
-        torch.manual_seed(2)
-        run().square().sum().backward()
-        return [x.grad.clone(), *[p.grad.clone() for p in model.parameters() if p.requires_grad]]
-
-    whole = gradients(lambda: model(x))
-    again = gradients(lambda: checkpoint(model, x, use_reentrant=use_reentrant))
-    assert all(torch.equal(one, other) for one, other in zip(whole, again, strict=True))
-    torch.manual_seed(3)
-    other = model(x)
-    torch.manual_seed(2)
-    assert not torch.equal(model(x), other)
-
-
-def test_gradients_under_dropout_are_those_of_the_mask():
-    """The output is linear in x while the mask stays, so its gradient is that of any x."""
-    layer = trained(BlockLoRALinear(24, 10, dropout=0.5, dtype=torch.float64))
-    x = torch.randn(6, 24, dtype=torch.float64, requires_grad=True)
-    direction = torch.randn(6, 10, dtype=torch.float64)
-    torch.manual_seed(1)
-    (layer(x) * direction).sum().backward()
-    step = torch.randn_like(x)
-    with torch.no_grad():
-        torch.manual_seed(1)
-        start = (layer(x) * direction).sum()
-        torch.manual_seed(1)
-        end = (layer(x + step) * direction).sum()
-    torch.testing.assert_close((x.grad * step).sum(), end - start)
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_nothing_of_tokens_times_features_is_saved_but_x(dropout):
-    layer = trained(BlockLoRALinear(512, 512, dropout=dropout))
-    x = torch.randn(256, 512)
-    assert saved_bytes(layer, lambda: layer(x)) <= x.nbytes + 256 * 8 * 4 + 4096
-
-
 # ---- conversions ----
 
 
@@ -356,78 +277,3 @@ def test_copies_pickles_and_state_dicts():
     other = BlockLoRALinear(24, 10, rank=4)
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other(x), layer(x))
-
-
-# ---- compiled, exported, cast ----
-
-
-@pytest.mark.parametrize("options", [dict(), dict(share="rank"), dict(dropout=0.5)], ids=str)
-@pytest.mark.parametrize("training", [True, False])
-def test_compile_whole(options, training):
-    torch._dynamo.reset()
-    model = nn.Sequential(trained(BlockLoRALinear(24, 10, **options)), nn.GELU()).train(training)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    results = []
-    for run in (model, compiled):
-        model.zero_grad()
-        x = torch.linspace(-1, 1, 72).view(3, 24).requires_grad_()
-        torch.manual_seed(4)
-        output = run(x)
-        output.square().sum().backward()
-        results.append([output, x.grad, *[p.grad for p in model.parameters() if p.requires_grad]])
-    if training and options.get("dropout"):
-        assert all(value.isfinite().all() for value in results[1])
-        assert not torch.equal(compiled(x), compiled(x)), "each call draws a mask of its own"
-        return
-    for ours, theirs in zip(*results, strict=True):
-        assert_close(theirs, ours, 1e-5, "compiled")
-
-
-@pytest.mark.slow
-def test_compile_with_inductor():
-    torch._dynamo.reset()
-    layer, plain, ours, theirs = pair(torch.float32, {})
-    compiled = torch.compile(layer, fullgraph=True)
-    output, wanted = compiled(ours), plain(theirs)
-    assert_close(output, wanted, 1e-5, "compiled")
-    output.square().sum().backward()
-    wanted.square().sum().backward()
-    assert_close(ours.grad, theirs.grad, 1e-5, "input's gradient")
-    assert_close(layer.adapter.up.grad, plain.adapter.up.grad, 1e-5, "up")
-
-
-@pytest.mark.parametrize("options", [dict(), dict(share="rank")], ids=str)
-def test_export(options):
-    model = nn.Sequential(trained(BlockLoRALinear(24, 10, **options))).eval()
-    x = torch.randn(3, 24)
-    batch = torch.export.Dim("batch")
-    exported = torch.export.export(model, (x,), dynamic_shapes=({0: batch},)).module()
-    assert_close(exported(x), model(x), 1e-5, "exported")
-    more = torch.randn(7, 24)
-    assert_close(exported(more), model(more), 1e-5, "another batch")
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_autocast(training):
-    layer = trained(BlockLoRALinear(24, 10)).train(training)
-    x = torch.randn(5, 24, requires_grad=True)
-    exact = layer(x)
-    with torch.autocast("cpu", torch.bfloat16):
-        output = layer(x)
-    assert output.dtype == torch.bfloat16
-    assert_close(output, exact, 2e-2, "in bfloat16")
-    output.float().sum().backward()
-    assert x.grad.dtype == torch.float32 and layer.adapter.up.grad.dtype == torch.float32
-    assert layer.adapter.up.grad.isfinite().all() and layer.adapter.up.grad.abs().max() > 0
-
-
-def test_without_autograd():
-    layer, x = trained(BlockLoRALinear(24, 10)), torch.randn(5, 24)
-    with_grad, state = layer(x), copy.deepcopy(layer.state_dict())
-    before = x.clone()
-    with torch.no_grad():
-        assert torch.equal(layer(x), with_grad)
-    with torch.inference_mode():
-        assert torch.equal(layer(x), with_grad)
-    assert torch.equal(x, before)
-    assert all(torch.equal(value, state[key]) for key, value in layer.state_dict().items())

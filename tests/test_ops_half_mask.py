@@ -19,7 +19,7 @@ REFERENCE = OPS["half_adamw_"].reference
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SIXTEEN_BIT = [torch.bfloat16, torch.float16]
 SHAPES = [(0, 5), (3, 0), (1, 1), (3, 3), (31, 67), (1, 1100), (130, 3), (3, 1030)]
-COUNTS = [0, 1, 3, 63, 127, 128, 129, 1000, 1024, 1025, 5000]
+COUNTS = [0, 1, 3, 63, 127, 128, 129, 1000, 1024, 1025, 5000, 33_000]
 
 
 def compare_with_float64(case: HalfCase, ops: Any) -> None:
@@ -160,6 +160,20 @@ def test_frozen_weights_keep_their_bits(
         assert weight.cpu()[mask].isfinite().all()
         if dtype in (torch.float32, torch.float64):
             assert (weight.cpu()[mask] != before.weights[i].cpu()[mask]).all()
+
+
+def test_a_stored_mask_ends_with_the_last_entry(ops: Any, device: torch.device) -> None:
+    """Whatever the bits beyond it say, of its word and of those that complete a counter."""
+    clean = half_case("stored", [(1, 1), (3, 3), (31, 67), (1, 1100)], torch.float32, device=device)
+    case = clean.copy()
+    for mask, weight in zip(case.live, case.weights, strict=True):
+        beyond = torch.arange(32 * mask.numel()) >= weight.numel()
+        bits = (beyond.view(-1, 32) << torch.arange(32)).sum(1)
+        mask |= torch.where(bits >= 2**31, bits - 2**32, bits).to(device, torch.int32)
+    case.run(ops.half_adamw_)
+    clean.run(ops.half_adamw_)
+    for a, b in zip(case.mutated(), clean.mutated(), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("level", ["rows", "columns"])

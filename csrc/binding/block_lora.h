@@ -47,7 +47,7 @@ inline ScalarType lora_type(const Tensor& input) {
 
 inline BlockLoraDropout dropout_of(const char* op, const BlockLoraArguments& a) {
   STD_TORCH_CHECK(a.dropout >= 0.0 && a.dropout < 1.0, op, ": dropout must lie in [0, 1), got ", a.dropout);
-  BlockLoraDropout dropout{0, uint32_t(a.layer_id), 1.0f};
+  BlockLoraDropout dropout{0, uint32_t(a.layer_id)};
   if (a.dropout == 0.0) return dropout;
   STD_TORCH_CHECK(a.seed && a.step, op, ": dropout needs seed and step");
   check_scalar(op, "seed", *a.seed, a.input, {ScalarType::Long});
@@ -55,7 +55,6 @@ inline BlockLoraDropout dropout_of(const char* op, const BlockLoraArguments& a) 
   // To even, as Python rounds.
   const int64_t dropped = int64_t(__builtin_nearbyint(a.dropout * 65536.0));
   dropout.dropped = uint32_t(dropped < 65535 ? dropped : 65535);
-  dropout.scale = float(65536.0 / (65536.0 - double(dropout.dropped)));
   return dropout;
 }
 
@@ -122,6 +121,19 @@ inline void check_adapter_grads(const char* op, const char* name, const LoraTens
     for (int64_t dim = 0; same && dim < like.dim(); ++dim) same = grad.size(dim) == like.size(dim);
     STD_TORCH_CHECK(same, op, ": ", name, " must be contiguous and shaped as the adapters");
   }
+}
+
+inline void check_backward_tensors(const char* op, const BlockLoraArguments& a, const BlockLoraGroup& group,
+                                   const std::optional<Tensor>& grad_input, const LoraTensors& grad_downs,
+                                   const LoraTensors& grad_ups, const Tensor& hidden) {
+  const BlockLoraShape& shape = group.shape;
+  check_matrix_like(op, "hidden", hidden, a.input, lora_type(a.input), shape.tokens, shape.ranks);
+  if (grad_input) {
+    check_matrix_like(op, "grad_input", *grad_input, a.input, a.input.scalar_type(), shape.tokens,
+                      shape.features);
+  }
+  check_adapter_grads(op, "grad_downs", grad_downs, a.downs);
+  check_adapter_grads(op, "grad_ups", grad_ups, a.ups);
 }
 
 }  // namespace partune

@@ -200,14 +200,7 @@ void block_lora_backward_(std::optional<Tensor> grad_input, LoraTensors grad_dow
   STD_TORCH_CHECK(input.is_cpu(), op, ": input must be on the CPU");
   const BlockLoraArguments a{input, downs, ups, scales, share, dropout, seed, step, layer_id};
   const BlockLoraGroup group = group_of(op, a);
-  const BlockLoraShape& shape = group.shape;
-  check_matrix_like(op, "hidden", hidden, input, lora_type(input), shape.tokens, shape.ranks);
-  if (grad_input) {
-    check_matrix_like(op, "grad_input", *grad_input, input, input.scalar_type(), shape.tokens,
-                      shape.features);
-  }
-  check_adapter_grads(op, "grad_downs", grad_downs, downs);
-  check_adapter_grads(op, "grad_ups", grad_ups, ups);
+  check_backward_tensors(op, a, group, grad_input, grad_downs, grad_ups, hidden);
   const BackwardTensors tensors{grad_input, grad_downs, grad_ups, grads, hidden, accumulate};
   with_lora_bodies(input, [&](const auto& bodies) { run_backward(op, bodies, a, group, tensors); });
 }

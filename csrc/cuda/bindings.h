@@ -2,6 +2,7 @@
 #pragma once
 #include <torch/csrc/stable/library.h>
 
+#include "../binding/block_lora.h"
 #include "../binding/half_mask.h"
 #include "../binding/scale_shift.h"
 #include "../binding/select.h"
@@ -48,6 +49,14 @@ TwoTensors rms_norm_scale_shift_cuda(Tensor input, OptionalTensor weight, Tensor
                                      double eps);
 ThreeTensors rms_norm_scale_shift_backward_cuda(Tensor grad, Tensor input, Tensor rstd, OptionalTensor weight,
                                                 Tensor scale, bool input_grad, bool scale_grad);
+Tensor block_lora_cuda_(LoraTensors outputs, Tensor input, LoraTensors downs, LoraTensors ups,
+                        LoraScales scales, std::string share, double dropout, std::optional<Tensor> seed,
+                        std::optional<Tensor> step, int64_t layer_id);
+void block_lora_backward_cuda_(std::optional<Tensor> grad_input, LoraTensors grad_downs, LoraTensors grad_ups,
+                               LoraTensors grads, Tensor input, Tensor hidden, LoraTensors downs,
+                               LoraTensors ups, LoraScales scales, std::string share, double dropout,
+                               std::optional<Tensor> seed, std::optional<Tensor> step, int64_t layer_id,
+                               bool accumulate);
 
 // Adds every CUDA kernel to a library.
 inline void implement_cuda_ops(torch::stable::detail::StableLibrary& library) {
@@ -58,6 +67,8 @@ inline void implement_cuda_ops(torch::stable::detail::StableLibrary& library) {
   library.impl("threshold_csr", TORCH_BOX(&threshold_csr_cuda));
   library.impl("topk_csr_factors", TORCH_BOX(&topk_csr_factors_cuda));
   library.impl("random_scores", TORCH_BOX(&random_scores_cuda));
+  library.impl("block_lora_", TORCH_BOX(&block_lora_cuda_));
+  library.impl("block_lora_backward_", TORCH_BOX(&block_lora_backward_cuda_));
   library.impl("half_adamw_", TORCH_BOX(&half_adamw_cuda_));
   library.impl("random_mask", TORCH_BOX(&random_mask_cuda));
   library.impl("mask_counts", TORCH_BOX(&mask_counts_cuda));

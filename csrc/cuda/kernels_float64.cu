@@ -1,5 +1,6 @@
 // The float64 kernels, in a translation unit of their own: everywhere else a double is a mistake that
 // fails the build.
+#include "block_lora.cuh"
 #include "half_mask.cuh"
 #include "launchers.h"
 #include "scale_shift.cuh"
@@ -21,6 +22,7 @@ cudaError_t launch_half_adamw_float64(const SparseAdamWDeviceStep<double>& step,
   return launch_half_step<double, double, double>(step, mask_seed, matrices, count, stream);
 }
 
+const BlockLoraLaunchers<double> block_lora_float64 = BlockLora<double, double>::launchers();
 const ScaleShiftLaunchers scale_shift_float64 = ScaleShift<double, double>::launchers();
 
 }  // namespace partune

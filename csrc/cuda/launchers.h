@@ -3,6 +3,7 @@
 #pragma once
 #include <cuda_runtime_api.h>
 
+#include "../kernels/block_lora_tasks.h"
 #include "../kernels/half_mask.h"
 
 #include "../kernels/scale_shift_tasks.h"
@@ -88,5 +89,19 @@ struct ScaleShiftLaunchers {
 };
 extern const ScaleShiftLaunchers scale_shift_float64, scale_shift_float32, scale_shift_bfloat16,
     scale_shift_half;
+
+// ---- family block_lora ----
+
+template <typename Real>
+struct BlockLoraLaunchers {
+  cudaError_t (*read)(const LoraRead<Real>& task, cudaStream_t stream);
+  cudaError_t (*write)(const LoraWrite<Real>& task, cudaStream_t stream);
+  cudaError_t (*sum)(const LoraSum<Real>& task, cudaStream_t stream);
+  // How many parts a reading leaves of its products, and of how many tokens one of its sums is.
+  int64_t (*column_tiles)(int64_t width);
+  int64_t (*block_tokens)(int64_t tokens, int64_t width);
+};
+extern const BlockLoraLaunchers<double> block_lora_float64;
+extern const BlockLoraLaunchers<float> block_lora_float32, block_lora_bfloat16, block_lora_half;
 
 }  // namespace partune

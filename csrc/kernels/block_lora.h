@@ -17,7 +17,6 @@ constexpr int kDrawsPerCounter = 8;
 struct BlockLoraDropout {
   uint32_t dropped;  // of 2^16; 0: no dropout
   uint32_t layer_id;
-  float scale;  // of what is kept: 2^16/(2^16 - dropped)
 };
 
 // The shape of a group's task. Matrices are [tokens, …] and contiguous.
@@ -27,8 +26,10 @@ struct BlockLoraShape {
   int64_t ranks;  // of all members
 };
 
-PARTUNE_FN float dropout_factor(uint32_t word, int half, const BlockLoraDropout& dropout) {
-  return (half ? word >> 16 : word & 0xffffu) >= dropout.dropped ? dropout.scale : 0.0f;
+// What is kept is scaled by this.
+template <typename Real>
+PARTUNE_FN Real dropout_scale(const BlockLoraDropout& dropout) {
+  return divide(Real(65536), Real(65536u - dropout.dropped));
 }
 
 }  // namespace partune

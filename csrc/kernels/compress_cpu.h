@@ -45,31 +45,35 @@ PARTUNE_FN __m256i narrow_bits(__m512i wide) { return _mm512_maskz_cvtepi32_epi1
 template <typename T>
 constexpr int kGroup = sizeof(T) == 8 ? 8 : 16;
 
+// The forms that keep the other lanes take two thirds of the time of those that clear them on Zen 4,
+// and straight to memory the instruction takes a hundred cycles.
 template <typename T>
 PARTUNE_FN void compress_group(const T* from, uint32_t bits, T* to) {
   if constexpr (sizeof(T) == 8) {
-    _mm512_storeu_si512(to, _mm512_maskz_compress_epi64(__mmask8(bits), _mm512_loadu_si512(from)));
+    const __m512i values = _mm512_loadu_si512(from);
+    _mm512_storeu_si512(to, _mm512_mask_compress_epi64(values, __mmask8(bits), values));
   } else if constexpr (sizeof(T) == 4) {
-    // To a register first: straight to memory the instruction takes a hundred cycles on Zen 4.
-    _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(__mmask16(bits), _mm512_loadu_si512(from)));
+    const __m512i values = _mm512_loadu_si512(from);
+    _mm512_storeu_si512(to, _mm512_mask_compress_epi32(values, __mmask16(bits), values));
   } else {
-    const __m512i packed = _mm512_maskz_compress_epi32(__mmask16(bits), widen_bits(from));
+    const __m512i values = widen_bits(from);
+    const __m512i packed = _mm512_mask_compress_epi32(values, __mmask16(bits), values);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), narrow_bits(packed));
   }
 }
 
+// Frozen entries get the bits that they had.
 template <typename T>
 PARTUNE_FN void expand_group(const T* from, uint32_t bits, T* to) {
   if constexpr (sizeof(T) == 8) {
-    const __mmask8 mask = __mmask8(bits);
-    _mm512_mask_storeu_epi64(to, mask, _mm512_maskz_expand_epi64(mask, _mm512_loadu_si512(from)));
+    const __m512i before = _mm512_loadu_si512(to);
+    _mm512_storeu_si512(to, _mm512_mask_expand_epi64(before, __mmask8(bits), _mm512_loadu_si512(from)));
   } else if constexpr (sizeof(T) == 4) {
-    const __mmask16 mask = __mmask16(bits);
-    _mm512_mask_storeu_epi32(to, mask, _mm512_maskz_expand_epi32(mask, _mm512_loadu_si512(from)));
+    const __m512i before = _mm512_loadu_si512(to);
+    _mm512_storeu_si512(to, _mm512_mask_expand_epi32(before, __mmask16(bits), _mm512_loadu_si512(from)));
   } else {
-    const __mmask16 mask = __mmask16(bits);
-    const __m512i spread = _mm512_maskz_expand_epi32(mask, widen_bits(from));
-    _mm256_mask_storeu_epi16(to, mask, narrow_bits(spread));
+    const __m512i spread = _mm512_mask_expand_epi32(widen_bits(to), __mmask16(bits), widen_bits(from));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), narrow_bits(spread));
   }
 }
 #else
@@ -121,9 +125,11 @@ PARTUNE_FN uint32_t group_bits(const uint32_t* words, int first) {
   return words[first / 32] >> first % 32 & ((1u << kGroup<T>)-1u);
 }
 
-// Writes the live ones of `count` entries side by side. `to` has kCompressSlack places more than those.
+// Writes the live ones of `count` entries side by side and returns how many they are. `to` has
+// kCompressSlack places more than those.
 template <typename T>
-void compress(const T* from, const uint32_t* words, int count, T* to) {
+int compress(const T* from, const uint32_t* words, int count, T* to) {
+  const T* const start = to;
   int i = 0;
   for (; i + kGroup<T> <= count; i += kGroup<T>) {
     const uint32_t bits = group_bits<T>(words, i);
@@ -133,6 +139,7 @@ void compress(const T* from, const uint32_t* words, int count, T* to) {
   for (; i < count; ++i) {
     if (words[i / 32] >> i % 32 & 1u) *to++ = from[i];
   }
+  return int(to - start);
 }
 
 // Writes entries that compress() has put together back to where they were. `from` can be read for

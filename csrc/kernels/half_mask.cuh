@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kBlock, sizeof(Real) == 4 ? 3 : 2)
   if (threadIdx.x == 0) coefficients[0] = step_coefficients(m.entries, launch.step);
   __syncthreads();
   const bool wanted = !launch.step.found_inf || *launch.step.found_inf == 0;
-  if (wanted && tile.count > 0) {
+  if (wanted) {
     const EntryPlaces places = locate_live(m, tile.position, tile.count);
     step_entries<Weight, Grad, State>(m.entries, launch.step, coefficients[0], places, tile.position,
                                       tile.count);
@@ -127,7 +127,8 @@ PARTUNE_FN void step_live_four(const SparseAdamWMatrix& m, const SparseAdamWDevi
   const Grad* grad = static_cast<const Grad*>(m.grad);
   State* exp_avg = static_cast<State*>(m.exp_avg) + position;
   State* exp_avg_sq = static_cast<State*>(m.exp_avg_sq) + position;
-  const bool has_master = sizeof(Weight) < sizeof(Real) && m.master != nullptr;
+  bool has_master = false;
+  if constexpr (sizeof(Weight) < sizeof(Real)) has_master = m.master != nullptr;
   const bool flat = lies_flat(m);
   const bool weights_aligned = is_aligned(weight);
 
@@ -206,7 +207,7 @@ __global__ void __launch_bounds__(kBlock, sizeof(Real) == 4 ? 3 : 2)
     if (i < warp) position += warp_totals[i];
   }
   const bool wanted = !launch.step.found_inf || *launch.step.found_inf == 0;
-  if (wanted && four.bits != 0) {
+  if (wanted) {
     step_live_four<Weight, Grad, State>(m.entries, launch.step, coefficients[0], tile.position, tile.count,
                                         four.bits, position);
   }

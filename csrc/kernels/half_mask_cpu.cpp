@@ -1,5 +1,6 @@
-// Rows are stepped where they are. The live entries of a tile of elements are moved together in the L1
-// cache, stepped there and moved back; so are those of columns, by their offsets.
+// Rows are stepped where they are. The live entries of a strip of elements are moved together in the L1
+// cache, stepped there and moved back; so are those of columns, by their offsets. A strip is short enough
+// that arithmetic overlaps the neighbours' waits for memory.
 #include "half_mask_cpu.h"
 
 #include "adamw_tile_cpu.h"
@@ -10,6 +11,7 @@ namespace PARTUNE_ISA {
 namespace {
 
 constexpr int kTile = kHalfTile;
+constexpr int kStrip = 256;
 constexpr int64_t kShortRow = 32;  // entries: shorter runs are gathered
 
 // The mask's words of one tile, entries from `count` on as frozen.
@@ -28,6 +30,7 @@ void draw_words(int64_t tile, int64_t count, uint32_t mask_id, PhiloxKey key,
     }
   }
   const int64_t left = count - tile * kHalfTile;
+  if (left >= kHalfTile) return;
   for (int i = 0; i < kHalfTileWords; ++i) words[i] = first_bits(words[i], left - 32 * int64_t(i));
 }
 
@@ -41,8 +44,14 @@ void read_words(const uint32_t* mask, int64_t tile, int64_t count, uint32_t (&wo
 
 // Where the entries of a tile are: in the matrix (row·columns + column), and in memory.
 struct Offsets {
-  int64_t index[kTile], weight[kTile], grad[kTile];
+  int64_t index[kTile + kWords], weight[kTile], grad[kTile];
 };
+
+// Asks for cache lines that are needed soon, in the L2 cache.
+template <typename Stored>
+void request(const Stored* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(Stored))) __builtin_prefetch(from + i, 0, 2);
+}
 
 template <typename Weight, typename Grad, typename State, typename Real>
 class HalfStepper {
@@ -73,13 +82,19 @@ class HalfStepper {
   Weight* weight() const { return static_cast<Weight*>(at_.weight); }
   Grad* grad() const { return static_cast<Grad*>(const_cast<void*>(at_.grad)); }
 
-  // Entries [begin, end) of the live rows, each of which lies side by side.
+  // Entries [begin, end) of the live rows, each of which lies side by side. The machine's own prefetcher
+  // runs on into frozen rows: the next live one is asked for a row ahead.
   void step_rows(int64_t begin, int64_t end) {
     int64_t slot = begin / at_.columns, column = begin % at_.columns;
     while (begin < end) {
       int64_t count = at_.columns - column < end - begin ? at_.columns - column : end - begin;
-      if (count > kTile) count = kTile;
+      if (count > kStrip) count = kStrip;
       const int64_t row = m_.live[slot];
+      if (slot + 1 < m_.live_count) {
+        const int64_t next = m_.live[slot + 1];
+        request(weight() + next * at_.weight_row_stride + column, count);
+        request(grad() + next * at_.grad_row_stride + column, count);
+      }
       if (stepper_.draws()) {
         for (int64_t i = 0; i < count; ++i) offsets_.index[i] = row * at_.columns + column + i;
       }
@@ -114,13 +129,17 @@ class HalfStepper {
     }
   }
 
+  // Entries whose offsets are listed.
   void step_offsets(int64_t position, int count) {
-    if (!stepper_.has_master()) {
-      for (int i = 0; i < count; ++i) weights_[i] = weight()[offsets_.weight[i]];
+    for (int done = 0; done < count; done += kStrip) {
+      const int here = count - done < kStrip ? count - done : kStrip;
+      if (!stepper_.has_master()) {
+        for (int i = 0; i < here; ++i) weights_[i] = weight()[offsets_.weight[done + i]];
+      }
+      for (int i = 0; i < here; ++i) grads_[i] = grad()[offsets_.grad[done + i]];
+      stepper_.step(position + done, here, weights_, grads_, offsets_.index + done);
+      scatter(weights_, offsets_.weight + done, here, weight());
     }
-    for (int i = 0; i < count; ++i) grads_[i] = grad()[offsets_.grad[i]];
-    stepper_.step(position, count, weights_, grads_, offsets_.index);
-    scatter(weights_, offsets_.weight, count, weight());
   }
 
   void step_elements(int64_t tile) {
@@ -132,17 +151,25 @@ class HalfStepper {
     } else {
       draw_words(tile, all, m_.mask_id, mask_key_, words);
     }
-    const int64_t position = m_.ranks[tile];
-    const int count = int(m_.ranks[tile + 1] - position);
     if (!flat_ || stepper_.draws()) list_elements(first, entries, words);
-    if (!flat_) {
-      step_offsets(position, count);
-      return;
+    if (flat_) {
+      step_flat(m_.ranks[tile], first, entries, words);
+    } else {
+      step_offsets(m_.ranks[tile], int(m_.ranks[tile + 1] - m_.ranks[tile]));
     }
-    if (!stepper_.has_master()) compress(weight() + first, words, entries, weights_);
-    compress(grad() + first, words, entries, grads_);
-    stepper_.step(position, count, weights_, grads_, offsets_.index);
-    expand(weights_, words, entries, weight() + first);
+  }
+
+  // Entries that lie as their mask does.
+  void step_flat(int64_t position, int64_t first, int entries, const uint32_t* words) {
+    for (int done = 0, listed = 0; done < entries; done += kStrip) {
+      const int here = entries - done < kStrip ? entries - done : kStrip;
+      Weight* const strip = weight() + first + done;
+      const int count = compress(grad() + first + done, words + done / 32, here, grads_);
+      if (!stepper_.has_master()) compress(strip, words + done / 32, here, weights_);
+      stepper_.step(position + listed, count, weights_, grads_, offsets_.index + listed);
+      expand(weights_, words + done / 32, here, strip);
+      listed += count;
+    }
   }
 
   void list_elements(int64_t first, int entries, const uint32_t* words) {
@@ -168,10 +195,10 @@ class HalfStepper {
   const SparseAdamWMatrix& at_;
   const PhiloxKey mask_key_;
   const bool flat_;
-  TileStepper<Weight, Grad, State, Real, kTile> stepper_;
+  TileStepper<Weight, Grad, State, Real, kStrip> stepper_;
   Offsets offsets_;
-  Weight weights_[kTile + kCompressSlack];
-  Grad grads_[kTile + kCompressSlack];
+  Weight weights_[kStrip + kCompressSlack];
+  Grad grads_[kStrip + kCompressSlack];
 };
 
 template <typename Weight, typename Grad, typename State, typename Real>

@@ -5,44 +5,14 @@
 //
 // Bytes moved: as scale_shift.h counts them, with blocks of kSumTileRows rows or kPlaneSegment neighbours.
 #pragma once
-#include "kit.cuh"
 #include "scale_shift_tasks.h"
+#include "wide.cuh"
 
 namespace partune {
 
 constexpr int kScaleShiftBlock = 256;
 constexpr int kSumTileRows = 32;
 constexpr int kPlaneSegment = 4096;
-
-template <typename T>
-constexpr int kPackSize = 16 / int(sizeof(T));
-
-// Neighbours in memory, read and written in one access: 16 bytes, or one element.
-template <typename T, int kPack>
-struct alignas(kPack * sizeof(T)) Neighbours {
-  T at[kPack];
-};
-
-template <int kPack, typename T>
-PARTUNE_FN Neighbours<T, kPack> load_neighbours(const T* from) {
-  return *reinterpret_cast<const Neighbours<T, kPack>*>(from);
-}
-
-template <typename T, int kPack>
-PARTUNE_FN void store_neighbours(const Neighbours<T, kPack>& pack, T* to) {
-  if constexpr (kPack == kPackSize<T>) {
-    uint4 words;
-    __builtin_memcpy(&words, &pack, sizeof words);
-    __stcg(reinterpret_cast<uint4*>(to), words);  // the compiler stores an assigned struct in parts
-  } else {
-    *reinterpret_cast<Neighbours<T, kPack>*>(to) = pack;
-  }
-}
-
-template <typename T>
-PARTUNE_FN bool is_wide_aligned(const T* pointer) {
-  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
-}
 
 // ---- vectors ----
 
@@ -103,8 +73,9 @@ PARTUNE_FN void backward_pack(const ScaleShiftTask& task, const PackVectors<kPac
                               int64_t position, Real (&along)[kPack], Real (&plain)[kPack]) {
   Neighbours<Stored, kPack> pack = load_neighbours<kPack>(static_cast<const Stored*>(task.input) + position);
   Neighbours<Stored, kPack> saved = {};
-  if (kActivation != Activation::kNone || task.saved)
-    saved = load_neighbours<kPack>(static_cast<const Stored*>(task.saved) + position);
+  bool has_saved = true;
+  if constexpr (kActivation == Activation::kNone) has_saved = task.saved != nullptr;
+  if (has_saved) saved = load_neighbours<kPack>(static_cast<const Stored*>(task.saved) + position);
   PARTUNE_UNROLL
   for (int i = 0; i < kPack; ++i) {
     const InnerGrad<Real> inner = inner_grad<kActivation>(
@@ -180,12 +151,10 @@ __global__ void __launch_bounds__(kBlock) scale_shift_rows_kernel(const ScaleShi
 template <typename Stored, typename Real, int kPack, Activation kActivation, int kBlock>
 __global__ void __launch_bounds__(kBlock) scale_shift_planes_kernel(const ScaleShiftTask task) {
   const PlaneSegment<kPack, kBlock> segment(task.layout);
-  if (segment.position < segment.end) {
-    PackVectors<kPack, Stored, Real> vectors;
-    vectors.repeat(task, segment.channel);
-    for (int64_t position = segment.position; position < segment.end; position += int64_t{32} * kPack) {
-      forward_pack<kActivation>(task, vectors, position);
-    }
+  PackVectors<kPack, Stored, Real> vectors;
+  vectors.repeat(task, segment.channel);
+  for (int64_t position = segment.position; position < segment.end; position += int64_t{32} * kPack) {
+    forward_pack<kActivation>(task, vectors, position);
   }
 }
 
@@ -232,13 +201,11 @@ template <typename Stored, typename Real, int kPack, Activation kActivation, int
 __global__ void __launch_bounds__(kBlock) scale_shift_backward_planes_kernel(const ScaleShiftTask task) {
   const PlaneSegment<kPack, kBlock> segment(task.layout);
   Real along[kPack] = {}, plain[kPack] = {};
-  if (segment.position < segment.end) {
-    PackVectors<kPack, Stored, Real> vectors;
-    vectors.repeat(task, segment.channel);
+  PackVectors<kPack, Stored, Real> vectors;
+  vectors.repeat(task, segment.channel);
 #pragma unroll 1
-    for (int64_t position = segment.position; position < segment.end; position += int64_t{32} * kPack) {
-      backward_pack<kActivation>(task, vectors, position, along, plain);
-    }
+  for (int64_t position = segment.position; position < segment.end; position += int64_t{32} * kPack) {
+    backward_pack<kActivation>(task, vectors, position, along, plain);
   }
   PARTUNE_UNROLL
   for (int i = 1; i < kPack; ++i) {

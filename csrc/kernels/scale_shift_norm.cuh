@@ -11,33 +11,6 @@ namespace partune {
 
 constexpr int kNormBlock = 256;
 
-// A pack of which some elements may lie behind a row's end.
-template <typename T>
-using WidePack = Neighbours<T, kPackSize<T>>;
-
-template <typename T>
-PARTUNE_FN WidePack<T> load_wide(const T* from, int64_t count, bool aligned) {
-  if (aligned && count >= kPackSize<T>) return load_neighbours<kPackSize<T>>(from);
-  WidePack<T> pack = {};
-  PARTUNE_UNROLL
-  for (int i = 0; i < kPackSize<T>; ++i) {
-    if (i < count) pack.at[i] = from[i];
-  }
-  return pack;
-}
-
-template <typename T>
-PARTUNE_FN void store_wide(const WidePack<T>& pack, T* to, int64_t count, bool aligned) {
-  if (aligned && count >= kPackSize<T>) {
-    store_neighbours(pack, to);
-    return;
-  }
-  PARTUNE_UNROLL
-  for (int i = 0; i < kPackSize<T>; ++i) {
-    if (i < count) to[i] = pack.at[i];
-  }
-}
-
 // The sum over a block, the same in every thread. All threads call it.
 template <int kBlock, typename Real>
 PARTUNE_FN Real sum_block(Real value, Real (&warps)[kBlock / 32]) {
@@ -182,7 +155,7 @@ __global__ void __launch_bounds__(kBlock) norm_scale_shift_backward_kernel(const
   Real* partial = static_cast<Real*>(task.partial);
   if (partial) partial += int64_t(blockIdx.x) * 2 * columns;
   // A thread has the same columns in every row, so nobody else's sums, and no barrier guards them.
-  Real* along = partial && task.shared_sums ? shared_sums : partial;
+  Real* along = task.shared_sums ? shared_sums : partial;
   Real* plain = along ? along + columns : nullptr;
   if (along) {
     for (int64_t column = int64_t(threadIdx.x) * kPack; column < columns; column += int64_t{kBlock} * kPack) {
@@ -202,7 +175,7 @@ __global__ void __launch_bounds__(kBlock) norm_scale_shift_backward_kernel(const
       write_row_grads<kBlock, Stored>(task, row, mean, rstd, task.mean ? mean_grad : Real(0), mean_product);
     }
   }
-  if (partial && task.shared_sums) {
+  if (along != partial) {
     for (int64_t column = int64_t(threadIdx.x) * kPack; column < columns; column += int64_t{kBlock} * kPack) {
       for (int64_t i = column; i < column + kPack && i < columns; ++i) {
         partial[i] = along[i];

@@ -40,7 +40,7 @@ struct NormTask {
   void *mean, *rstd;   // [rows], written forward, read backward; no mean: RMSNorm
   int64_t block_rows;  // backward: rows of a block
   void* partial;       // [blocks, 2, channels]; null: not wanted
-  bool shared_sums;    // the launch has shared memory for 2·channels numbers
+  bool shared_sums;    // partial sums are wanted, and shared memory has room for 2·channels numbers
 };
 
 }  // namespace partune

@@ -111,8 +111,10 @@ struct EntryRounding {
 template <typename Weight, typename Real>
 PARTUNE_FN EntryRounding entry_rounding(const SparseAdamWMatrix& m, const SparseAdamWDeviceStep<Real>& step) {
   const uint64_t seed = step.seed ? uint64_t(*step.seed) : 0;
-  EntryRounding rounding;
-  rounding.stochastic = sizeof(Weight) < sizeof(Real) && !m.master && step.hyperparameters.stochastic;
+  EntryRounding rounding = {};
+  if constexpr (sizeof(Weight) < sizeof(Real)) {
+    rounding.stochastic = !m.master && step.hyperparameters.stochastic;
+  }
   rounding.key = {uint32_t(seed), uint32_t(seed >> 32)};
   rounding.draw_step = uint32_t(*m.state_step) + uint32_t(step.offset ? *step.offset : 0);
   rounding.parameter_id = m.parameter_id;

@@ -49,9 +49,16 @@ PARTUNE_FN void round_vector(Vector<double> v, double* to) { store_vector(v, to)
 
 PARTUNE_FN void round_vector(Vector<float> v, BFloat16* to) {
   const FloatBits bits = (FloatBits)v;
-  const FloatBits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const FloatBits nan = (FloatBits)((bits & 0x7fffffffu) > 0x7f800000u);
-  const Halves out = __builtin_convertvector((nan & (bits >> 16 | 0x40u)) | (~nan & rounded), Halves);
+  FloatBits rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+#if defined(__AVX512F__)
+  const __mmask16 nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+  rounded =
+      (FloatBits)_mm512_mask_or_epi32((__m512i)rounded, nan, (__m512i)bits, _mm512_set1_epi32(0x400000));
+#else
+  const FloatBits nan = (FloatBits)(v != v);
+  rounded = (nan & (bits | 0x400000u)) | (~nan & rounded);
+#endif
+  const Halves out = __builtin_convertvector(rounded >> 16, Halves);
   __builtin_memcpy(to, &out, sizeof out);
 }
 
@@ -63,6 +70,23 @@ PARTUNE_FN void round_vector(Vector<float> v, Half* to) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 #else
   for (int i = 0; i < kLanes<float>; ++i) round_nearest(v[i], to[i]);
+#endif
+}
+
+template <typename Real>
+PARTUNE_FN Vector<Real> repeat(Real value) {
+  return value - Vector<Real>{};  // exact, so the compiler leaves the broadcast alone
+}
+
+// Keeps the compiler from reading a vector from memory again for each use of it.
+template <typename Real>
+PARTUNE_FN void keep_in_register(Vector<Real>& v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#elif defined(__x86_64__)
+  asm("" : "+x"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
 #endif
 }
 
@@ -146,7 +170,8 @@ PARTUNE_FN void project_block(Rows<const Real> x, Rows<const Real> thin, int64_t
     for (int i = 0; i < kTokens; ++i) read[i] = widen_first<Real>(x.row(i) + column, count);
     PARTUNE_UNROLL
     for (int j = 0; j < kRanks; ++j) {
-      const Vector<Real> factor = widen_first<Real>(thin.row(j) + column, count);
+      Vector<Real> factor = widen_first<Real>(thin.row(j) + column, count);
+      keep_in_register<Real>(factor);
       PARTUNE_UNROLL
       for (int i = 0; i < kTokens; ++i) sums[i][j] = multiply_add(read[i], factor, sums[i][j]);
     }
@@ -185,8 +210,8 @@ struct ProjectRanks {
 };
 
 template <typename Real>
-void project(Rows<const Real> x, int64_t tokens, Rows<const Real> thin, int64_t ranks, int64_t columns,
-             Rows<Real> products) {
+static void project(Rows<const Real> x, int64_t tokens, Rows<const Real> thin, int64_t ranks, int64_t columns,
+                    Rows<Real> products) {
   in_runs<kRankBlock>(ranks, ProjectRanks<Real>{x, thin, columns, products, tokens});
 }
 
@@ -211,7 +236,8 @@ PARTUNE_FN void accumulate_block(Rows<const Real> factors, Rows<const Real> x, i
     for (int k = 0; k < kVectors; ++k) read[k] = widen_first<Real>(x.row(token) + k * kStep, count(k));
     PARTUNE_UNROLL
     for (int j = 0; j < kRanks; ++j) {
-      const Vector<Real> factor = Vector<Real>{} + factors.row(token)[j];
+      Vector<Real> factor = repeat(factors.row(token)[j]);
+      keep_in_register<Real>(factor);
       PARTUNE_UNROLL
       for (int k = 0; k < kVectors; ++k) kept[j][k] = multiply_add(factor, read[k], kept[j][k]);
     }
@@ -246,42 +272,54 @@ struct AccumulateRanks {
 };
 
 template <typename Real>
-void accumulate(Rows<const Real> factors, Rows<const Real> x, int64_t tokens, int64_t ranks, int64_t columns,
-                Rows<Real> sums) {
+static void accumulate(Rows<const Real> factors, Rows<const Real> x, int64_t tokens, int64_t ranks,
+                       int64_t columns, Rows<Real> sums) {
   in_runs<kRankBlock>(ranks, AccumulateRanks<Real>{factors, x, tokens, columns, sums});
 }
 
-// ---- out[token][column] = (add ? out : 0) + Σ factors[token][rank]·thin[rank][column] ----
+// ---- chunk[token][column] = (add ? chunk : 0) + Σ factors[token][rank]·thin[rank][column] ----
+
+// Chunks of a row, which all get the same, lie `step` elements apart.
+template <typename Stored>
+struct Chunks {
+  Rows<Stored> first;
+  int64_t count, step;
+  bool add;
+  PARTUNE_MEMBER Chunks from(int64_t row, int64_t column) const {
+    return {{first.row(row) + column, first.stride}, count, step, add};
+  }
+};
 
 template <int kTokens, int kVectors, typename Stored, typename Real>
-PARTUNE_FN void expand_block(Rows<const Real> factors, Rows<const Real> thin, int64_t ranks, bool add,
-                             int64_t last, Rows<Stored> out) {
+PARTUNE_FN void expand_block(Rows<const Real> factors, Rows<const Real> thin, int64_t ranks, int64_t last,
+                             const Chunks<Stored>& out) {
   constexpr int kStep = kLanes<Real>;
   const auto count = [&](int k)
                          __attribute__((always_inline)) { return k + 1 < kVectors ? int64_t(kStep) : last; };
-  Vector<Real> kept[kTokens][kVectors] = {};
-  if (add) {
-    PARTUNE_UNROLL
-    for (int i = 0; i < kTokens; ++i) {
-      PARTUNE_UNROLL
-      for (int k = 0; k < kVectors; ++k) kept[i][k] = widen_first<Real>(out.row(i) + k * kStep, count(k));
-    }
-  }
+  Vector<Real> sums[kTokens][kVectors] = {};
   for (int64_t rank = 0; rank < ranks; ++rank) {
     Vector<Real> read[kVectors];
     PARTUNE_UNROLL
     for (int k = 0; k < kVectors; ++k) read[k] = widen_first<Real>(thin.row(rank) + k * kStep, count(k));
     PARTUNE_UNROLL
     for (int i = 0; i < kTokens; ++i) {
-      const Vector<Real> factor = Vector<Real>{} + factors.row(i)[rank];
+      Vector<Real> factor = repeat(factors.row(i)[rank]);
+      keep_in_register<Real>(factor);
       PARTUNE_UNROLL
-      for (int k = 0; k < kVectors; ++k) kept[i][k] = multiply_add(factor, read[k], kept[i][k]);
+      for (int k = 0; k < kVectors; ++k) sums[i][k] = multiply_add(factor, read[k], sums[i][k]);
     }
   }
-  PARTUNE_UNROLL
-  for (int i = 0; i < kTokens; ++i) {
+  for (int64_t chunk = 0; chunk < out.count; ++chunk) {
     PARTUNE_UNROLL
-    for (int k = 0; k < kVectors; ++k) round_first<Real>(kept[i][k], out.row(i) + k * kStep, count(k));
+    for (int i = 0; i < kTokens; ++i) {
+      PARTUNE_UNROLL
+      for (int k = 0; k < kVectors; ++k) {
+        Stored* to = out.first.row(i) + chunk * out.step + k * kStep;
+        Vector<Real> value = sums[i][k];
+        if (out.add) value = value + widen_first<Real>(to, count(k));
+        round_first<Real>(value, to, count(k));
+      }
+    }
   }
 }
 
@@ -289,29 +327,28 @@ template <typename Stored, typename Real>
 struct ExpandTokens {
   Rows<const Real> factors, thin;
   int64_t ranks, columns;
-  bool add;
-  Rows<Stored> out;
+  Chunks<Stored> out;
   template <int kTokens>
   PARTUNE_MEMBER void run(int64_t token) const {
     constexpr int kStep = kLanes<Real>;
     const Rows<const Real> left{factors.row(token), factors.stride};
     int64_t column = 0;
     for (; column + kExpandVectors * kStep <= columns; column += kExpandVectors * kStep) {
-      expand_block<kTokens, kExpandVectors>(left, {thin.at + column, thin.stride}, ranks, add, int64_t(kStep),
-                                            Rows<Stored>{out.row(token) + column, out.stride});
+      expand_block<kTokens, kExpandVectors>(left, {thin.at + column, thin.stride}, ranks, int64_t(kStep),
+                                            out.from(token, column));
     }
     for (; column < columns; column += kStep) {
       const int64_t rest = columns - column;
-      expand_block<kTokens, 1>(left, {thin.at + column, thin.stride}, ranks, add, rest < kStep ? rest : kStep,
-                               Rows<Stored>{out.row(token) + column, out.stride});
+      expand_block<kTokens, 1>(left, {thin.at + column, thin.stride}, ranks, rest < kStep ? rest : kStep,
+                               out.from(token, column));
     }
   }
 };
 
 template <typename Stored, typename Real>
-void expand(Rows<const Real> factors, int64_t tokens, Rows<const Real> thin, int64_t ranks, int64_t columns,
-            bool add, Rows<Stored> out) {
-  in_runs<kExpandTokens>(tokens, ExpandTokens<Stored, Real>{factors, thin, ranks, columns, add, out});
+static void expand(Rows<const Real> factors, int64_t tokens, Rows<const Real> thin, int64_t ranks,
+                   int64_t columns, const Chunks<Stored>& out) {
+  in_runs<kExpandTokens>(tokens, ExpandTokens<Stored, Real>{factors, thin, ranks, columns, out});
 }
 
 }  // namespace partune

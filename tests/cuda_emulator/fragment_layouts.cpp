@@ -7,7 +7,7 @@
 #include <cstring>
 #include <vector>
 
-#include "../../csrc/kernels/kit.cuh"
+#include "../../csrc/kernels/block_lora.cuh"
 #include "options.h"
 
 namespace {
@@ -15,6 +15,7 @@ namespace {
 using partune::ldmatrix_x4;
 using partune::mma_bf16_16x8x16;
 
+template <bool kShuffles>
 __global__ void multiply(const uint32_t* a, const uint32_t* b, const float* c, float* d) {
   const int lane = int(threadIdx.x);
   uint32_t left[4], right[2];
@@ -22,7 +23,12 @@ __global__ void multiply(const uint32_t* a, const uint32_t* b, const float* c, f
   std::memcpy(left, a + 4 * lane, sizeof left);
   std::memcpy(right, b + 2 * lane, sizeof right);
   std::memcpy(added, c + 4 * lane, sizeof added);
-  mma_bf16_16x8x16(sum, left, right, added);
+  if (kShuffles) {
+    std::memcpy(sum, added, sizeof sum);
+    partune::multiply_by_shuffles(sum, left, right);
+  } else {
+    mma_bf16_16x8x16(sum, left, right, added);
+  }
   std::memcpy(d + 4 * lane, sum, sizeof sum);
 }
 
@@ -47,6 +53,7 @@ uint16_t bf16(int value) {
 }
 
 // How many of the product's elements are not where CuTe looks for them.
+template <bool kShuffles>
 int wrong_in_mma() {
   using Traits = cute::MMA_Traits<cute::SM80_16x8x16_F32BF16BF16F32_TN>;
   // (lane, value) to the element's number, columns of a, b and c one after the other.
@@ -60,7 +67,7 @@ int wrong_in_mma() {
     for (int i = 0; i < 4; ++i) b[size_t(lane * 4 + i)] = bf16(number(2, int(b_layout(lane, i))));
     for (int i = 0; i < 4; ++i) c[size_t(lane * 4 + i)] = float(number(3, int(c_layout(lane, i))));
   }
-  LAUNCH(multiply, dim3(1), dim3(32), 0, nullptr, reinterpret_cast<const uint32_t*>(a.data()),
+  LAUNCH(multiply<kShuffles>, dim3(1), dim3(32), 0, nullptr, reinterpret_cast<const uint32_t*>(a.data()),
          reinterpret_cast<const uint32_t*>(b.data()), c.data(), d.data());
   int wrong = 0;
   for (int lane = 0; lane < 32; ++lane) {
@@ -99,7 +106,8 @@ int wrong_in_ldmatrix() {
 
 int main() {
   emulator_set_arch(80);
-  const int mma = wrong_in_mma(), ldmatrix = wrong_in_ldmatrix();
-  std::printf("mma: %d of 128 wrong\nldmatrix: %d of 4096 bits wrong\n", mma, ldmatrix);
-  return mma + ldmatrix == 0 ? 0 : 1;
+  const int mma = wrong_in_mma<false>(), shuffles = wrong_in_mma<true>(), ldmatrix = wrong_in_ldmatrix();
+  std::printf("mma: %d of 128 wrong\nshuffles: %d of 128 wrong\nldmatrix: %d of 4096 bits wrong\n", mma,
+              shuffles, ldmatrix);
+  return mma + shuffles + ldmatrix == 0 ? 0 : 1;
 }

@@ -101,7 +101,7 @@ class Source:
         self.text = self.path.read_text()
         blank = re.sub(r"//[^\n]*|#[^\n]*(?:\\\n[^\n]*)*", lambda m: " " * len(m[0]), self.text)
         blank = re.sub(
-            r"[^\n;{}]*\b(?:constexpr|static_assert|SHARED|DYN_SHARED)\b[^;{]*;",
+            r"[^\n;{}]*\b(?:(?<!if )constexpr|static_assert|SHARED|DYN_SHARED)\b[^;{]*;",
             lambda m: re.sub(r"[^\n]", " ", m[0]),
             blank,
         )
@@ -221,7 +221,7 @@ class Source:
             return
         self.statement(body, *parts[0])
         if not unrolled:
-            self.expression(body, *parts[1], loop=True)
+            self.expression(body, *parts[1], loop=end)
             self.statement(body, *parts[2])
 
     def statement(self, body: str, first: int, last: int) -> None:
@@ -266,13 +266,21 @@ class Source:
                     inner = self.tokens[j].text
                     if (inner == "," and depth == 0) or j == end:
                         if start < j:
-                            self.expression(body, start, j)
+                            self.argument(body, start, j)
                         start = j + 1
                     depth += inner in OPENING
                     depth -= inner in CLOSING
                 i = end + 1
             else:
                 i += 1
+
+    def argument(self, body: str, first: int, last: int) -> None:
+        """What is passed on: a value, or a lambda, which has statements of its own."""
+        braces = [i for i in range(first, last) if self.tokens[i].text == "{"]
+        if self.tokens[first].text == "[" and braces:
+            self.mutate_body(body, braces[0] + 1, self.partner(braces[0]))
+        else:
+            self.expression(body, first, last)
 
     def split(self, first: int, last: int, operators: set[str]) -> list[tuple[int, int]]:
         """Operands of the operators at the expression's own level."""
@@ -289,8 +297,9 @@ class Source:
         return parts
 
     def expression(
-        self, body: str, first: int, last: int, loop: bool = False, check: bool = False
+        self, body: str, first: int, last: int, loop: int = 0, check: bool = False
     ) -> None:
+        """`loop`: the token before the body that this condition keeps going."""
         if self.tokens[first].text == "if" and self.tokens[first + 1].text in "(":
             end = self.partner(first + 1)
             self.guard = (first + 2, end)
@@ -300,7 +309,8 @@ class Source:
                 self.statement(body, end + 1, last)
             return
         if self.tokens[first].text == "while":
-            self.expression(body, first + 2, self.partner(first + 1), loop=True)
+            end = self.partner(first + 1)
+            self.expression(body, first + 2, end, loop=end)
             return
         branches = self.split(first, last, {"?", ":"})
         if len(branches) > 1:
@@ -315,17 +325,22 @@ class Source:
                 return
         compared = len(self.split(first, last, COMPARISON)) > 1
         if compared and loop:
-            self.condition(body, first, last, self.shifted(first, last))
+            self.condition(body, first, last, self.shifted(first, last, loop))
         elif compared or (check and not CONSTANT.fullmatch(self.words(first, last))):
             self.condition(body, first, last, "true")
         else:
             self.arithmetic(body, first, last)
 
-    def shifted(self, first: int, last: int) -> str:
-        """A loop's condition, off by one."""
+    def shifted(self, first: int, last: int, loop: int) -> str:
+        """A loop's condition, off by one: a turn more, or, where the body holds each element to the
+        same bound and a turn more does nothing, a turn less for a single element."""
         (_, operator), *_ = self.split(first, last, COMPARISON)
         other = {"<": "<=", "<=": "<", ">": ">=", ">=": ">"}.get(self.tokens[operator].text)
         left, right = self.words(first, operator), self.words(operator + 1, last)
+        if other == "<=" and self.tokens[loop + 1].text == "{":
+            turn = self.words(loop + 1, self.partner(loop + 1))
+            if re.search(rf"\bi < {re.escape(right)}\b", turn):
+                return f"{left} + 1 < {right}"
         return f"{left} {other} {right}" if other else ""
 
     def condition(self, body: str, first: int, last: int, without: str) -> None:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import chain
 from typing import Any, ClassVar, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from partune.nn._block_lora_layers import dtype_beside, layer_for
 from partune.nn._block_lora_parts import Parts, rows_of_parts
@@ -115,19 +115,24 @@ class BlockLoRAConfig(AdapterConfig):
         names = target_names(model, self.target_modules, heads, _RULES)
         ranks = _matched("rank_pattern", self.rank_pattern, names)
         alphas = _matched("alpha_pattern", self.alpha_pattern, names)
-        parts = _matched("parts", self.parts, names)
+        rows = rows_of_parts(model, _matched("parts", self.parts, names))
         plan: dict[str, Placement] = {}
         for name in names:
             layer = layer_for(model.get_submodule(name))
             assert layer is not None
             rank, alpha = ranks.get(name, self.rank), alphas.get(name, self.alpha)
-            plan[name] = Placement(layer, self._factors(model, name, rank, alpha, parts.get(name)))
+            plan[name] = Placement(layer, self._factors(model, name, rank, alpha, rows.get(name)))
         for name in dict.fromkeys(trained_layers(model, heads)):
             plan[name] = Placement(TrainedCopy, TrainedCopy.of(model.get_submodule(name)))
         return plan
 
     def _factors(
-        self, model: nn.Module, name: str, rank: int, alpha: float | None, parts: Parts | None
+        self,
+        model: nn.Module,
+        name: str,
+        rank: int,
+        alpha: float | None,
+        rows: Mapping[str, Tensor] | None,
     ) -> LowRank:
         module = model.get_submodule(name)
         layer = layer_for(module)
@@ -145,10 +150,10 @@ class BlockLoRAConfig(AdapterConfig):
                 dtype=dtype_beside(weight),
             )  # fmt: skip
 
-        if parts is None:
+        if rows is None:
             return factors(outputs)
-        rows = {part: r.to(device) for part, r in rows_of_parts(model, name, parts).items()}
-        return BlockLoRAParts({part: factors(len(r)) for part, r in rows.items()}, rows, outputs)
+        parts = {part: factors(len(own)) for part, own in rows.items()}
+        return BlockLoRAParts(parts, {p: own.to(device) for p, own in rows.items()}, outputs)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

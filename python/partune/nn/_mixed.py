@@ -50,8 +50,8 @@ def mixed_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[No
 
     Raises:
         TypeError: one string instead of a list.
-        ValueError: a name that isn't attached; an adapter that can't be mixed (SSF's change what
-            follows them for the whole batch). In a forward: a batch of another size.
+        ValueError: a name that isn't attached; an adapter that can't be mixed (SSF's, whose passes
+            take one scale for all rows). In a forward: a batch of another size.
 
     Example:
         >>> from partune.nn import BlockLoRAConfig, attach

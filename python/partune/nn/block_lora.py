@@ -26,8 +26,8 @@ class LowRank(nn.Module):
     recomputed forward has the mask of the first.
     """
 
+    in_features: int
     share: str
-    blocks: int
     scale: float
     dropout: float
 
@@ -45,7 +45,7 @@ class LowRank(nn.Module):
         Shape:
             input [..., in]; base and output [..., out].
         """
-        down, up = self.factors()
+        down, up = self._factors_for(input)
         outputs = block_lora(
             input, [base], [down], [up], scales=[self.scale], share=self.share,
             dropout=self._dropout(), inplace=reuse and _is_free(base),
@@ -61,12 +61,19 @@ class LowRank(nn.Module):
         if weight.requires_grad or is_wrapped(weight):
             output: Tensor = self(input, F.linear(input, weight, bias), reuse=True)
             return output
-        down, up = self.factors()
+        down, up = self._factors_for(input)
         outputs = block_lora_linear(
             input, [weight], [bias], [down], [up], scales=[self.scale], share=self.share,
             dropout=self._dropout(),
         )  # fmt: skip
         return outputs[0]
+
+    def _factors_for(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        if input.dim() == 0 or input.shape[-1] != self.in_features:
+            raise ValueError(
+                f"input: got shape {tuple(input.shape)}, want (..., {self.in_features})"
+            )
+        return self.factors()
 
     def _dropout(self) -> float:
         return self.dropout if self.training else 0.0
@@ -145,7 +152,7 @@ class BlockLoRA(LowRank):
         super().__init__()
         check_options(rank, blocks, share, alpha, dropout, scaling)
         check_blocks(blocks, share, rank, in_features)
-        self.rank, self.blocks, self.share = rank, blocks, share
+        self.in_features, self.rank, self.blocks, self.share = in_features, rank, blocks, share
         self.alpha = float(rank if alpha is None else alpha)
         self.scale = self.alpha / (rank if scaling == "standard" else math.sqrt(rank))
         self.dropout = float(dropout)
@@ -196,7 +203,7 @@ class BlockLoRAParts(LowRank):
         super().__init__()
         first = next(iter(parts.values()))
         self.share, self.scale, self.dropout = first.share, first.scale, first.dropout
-        self.blocks, self.out_features = first.blocks, out
+        self.in_features, self.out_features = first.in_features, out
         for name, part in parts.items():
             if not name.isidentifier() or hasattr(self, name):
                 raise ValueError(

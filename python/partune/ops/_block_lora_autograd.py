@@ -51,8 +51,8 @@ def _backward(
             grad_input, grad_downs, grad_ups, grads, _rows(input), hidden, downs, ups,
             seed=seed, step=step, accumulate=accumulate, **ctx.options,
         )  # fmt: skip
-    nothing = [None] * len(grads)
-    return grad_downs or nothing, grad_ups or nothing
+    nothing: list[Tensor | None] = [None] * len(grads)
+    return [*grad_downs] or nothing, [*grad_ups] or nothing
 
 
 class BlockLoRALinear(torch.autograd.Function):
@@ -139,7 +139,7 @@ class BlockLoRA(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         count = len(scales)
         bases, downs, ups = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
-        outputs = bases
+        outputs = list(bases)
         if inplace:
             ctx.mark_dirty(*bases)
         else:

@@ -37,7 +37,7 @@ def _check_rows(
     check.contiguous(name, value, index)
 
 
-def check_features(
+def _check_features(
     input: Tensor, downs: Sequence[Tensor], ups: Sequence[Tensor], share: str
 ) -> None:
     """Adapters that fit the input's features and each other, all cut into as many blocks."""
@@ -115,7 +115,7 @@ def _check_task(
     if input.dim() != 2:
         raise ValueError(f"input: got shape {tuple(input.shape)}, want (tokens, features)")
     check.contiguous("input", input)
-    check_features(input, downs, ups, share)
+    _check_features(input, downs, ups, share)
     for name, values in (("downs", downs), ("ups", ups)):
         for index, value in enumerate(values):
             check.dtype(name, value, (computing_type(input),), index)
@@ -186,20 +186,25 @@ def check_block_lora_backward_(
             check.contiguous(name, value, index)
 
 
-def check_linear(weights: Sequence[Any], biases: Sequence[Any], input: Any, ups: Any) -> None:
-    """The frozen layers of a group, which read one input."""
+def check_adapters(input: Any, downs: Any, ups: Any, scales: Sequence[float], share: str) -> None:
+    """Adapters of a group, and the input that they read."""
     check.tensor("input", input, None)
     check.dtype("input", input, check.FLOATING)
     if input.dim() == 0:
         raise ValueError("input: got a 0-d tensor, want (..., features)")
+    _check_features(input, downs, ups, share)
+    _member_count("scales", scales, len(downs))
+
+
+def check_linears(
+    weights: Any, biases: Sequence[Any], input: Tensor, ups: Sequence[Tensor]
+) -> None:
+    """The frozen linears of a group."""
     check.tensors("weights", weights, input.device)
-    check.tensors("ups", ups, input.device)
-    _member_count("biases", biases, len(weights))
-    _member_count("ups", ups, len(weights))
+    _member_count("weights", weights, len(ups))
+    _member_count("biases", biases, len(ups))
     for index, (weight, bias, up) in enumerate(zip(weights, biases, ups, strict=True)):
-        check.shape(
-            "weights", weight, (up.shape[-2] if up.dim() >= 2 else -1, input.shape[-1]), index
-        )
+        check.shape("weights", weight, (up.shape[-2], input.shape[-1]), index)
         if weight.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 f"weights[{index}]: it requires grad, want a frozen weight: call "
@@ -210,19 +215,11 @@ def check_linear(weights: Sequence[Any], biases: Sequence[Any], input: Any, ups:
             check.shape("biases", bias, (weight.shape[0],), index)
 
 
-def check_bases(bases: Any, input: Any, ups: Any) -> None:
-    """The results of frozen layers, to which the adapters' part is added."""
-    check.tensor("input", input, None)
-    check.dtype("input", input, check.FLOATING)
-    if input.dim() == 0:
-        raise ValueError("input: got a 0-d tensor, want (..., features)")
+def check_bases(bases: Any, input: Tensor, ups: Sequence[Tensor]) -> None:
+    """The results of frozen layers, to which the adapters' parts are added."""
     check.tensors("bases", bases, input.device)
-    check.tensors("ups", ups, input.device)
-    if not bases:
-        raise ValueError("bases: got no entries, want at least one member")
-    _member_count("ups", ups, len(bases))
+    _member_count("bases", bases, len(ups))
     for index, (base, up) in enumerate(zip(bases, ups, strict=True)):
         check.dtype("bases", base, check.FLOATING, index)
         check.same_dtype("bases", base, bases[0].dtype, index)
-        out = up.shape[-2] if up.dim() >= 2 else -1
-        check.shape("bases", base, (*input.shape[:-1], out), index)
+        check.shape("bases", base, (*input.shape[:-1], up.shape[-2]), index)

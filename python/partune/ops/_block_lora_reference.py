@@ -49,7 +49,7 @@ def _shared_input(
     if factors is not None:
         read = read * factors.to(wide)
     if share == "input":
-        read = read.unflatten(1, (blocks, input.shape[1] // blocks)).sum(1)
+        read = read.view(input.shape[0], blocks, input.shape[1] // blocks).sum(1)
     return read
 
 
@@ -85,7 +85,7 @@ def reference_block_lora_(
         wide = downs[0].dtype
         factors = None
         if dropout > 0.0 and seed is not None and step is not None:
-            factors = dropout_factors(*input.shape, dropout, seed, step, layer_id)
+            factors = dropout_factors(input.shape[0], input.shape[1], dropout, seed, step, layer_id)
         read = _shared_input(input, wide, share, _blocks(input, downs[0], ups[0], share), factors)
         hidden = torch.cat([read @ down.t() for down in downs], 1)
         start = 0
@@ -119,7 +119,9 @@ def reference_block_lora_backward_(
         blocks = _blocks(input, downs[0], ups[0], share)
         factors = None
         if dropout > 0.0 and seed is not None and step is not None:
-            factors = dropout_factors(*input.shape, dropout, seed, step, layer_id).to(wide)
+            factors = dropout_factors(
+                input.shape[0], input.shape[1], dropout, seed, step, layer_id
+            ).to(wide)
         read = _shared_input(input, wide, share, blocks, factors)
         inner, start = torch.zeros_like(read), 0
         for index, (grad, down, up, scale) in enumerate(

@@ -10,12 +10,12 @@ from torch import Tensor
 from partune.ops import _block_lora_autograd as autograd
 from partune.ops import _block_lora_reference as reference
 from partune.ops._block_lora_checks import (
+    check_adapters,
     check_bases,
     check_block_lora_,
     check_block_lora_backward_,
     check_dropout,
-    check_features,
-    check_linear,
+    check_linears,
     computing_type,
 )
 from partune.ops._contract import Op, call, register
@@ -78,7 +78,8 @@ def block_lora_linear(
         >>> block_lora_linear(x, [weight], [None], [down], [up], scales=[0.5])
         [tensor([[2.5000, 2.0000]])]
     """
-    check_linear(weights, biases, input, ups)
+    check_adapters(input, downs, ups, scales, share)
+    check_linears(weights, biases, input, ups)
     dtype = _autocast_dtype(input)
     if dtype is not None:
         input = input.to(dtype)
@@ -86,7 +87,7 @@ def block_lora_linear(
         biases = [None if bias is None else bias.to(dtype) for bias in biases]
     for name, values in (("weights", weights), ("biases", biases)):
         _check_dtypes(name, values, input)
-    downs, ups = _adapters(input, downs, ups, share)
+    downs, ups = _computing(input, downs), _computing(input, ups)
     seed, step = _draws_from(input, dropout, seed, step, layer_id)
     outputs = autograd.BlockLoRALinear.apply(  # type: ignore[no-untyped-call]
         input, seed, step, tuple(scales), share, dropout, layer_id,
@@ -135,12 +136,13 @@ def block_lora(
         >>> block_lora(x, [base], [down], [up], scales=[0.5])
         [tensor([[1.5000, 0.0000]])]
     """
+    check_adapters(input, downs, ups, scales, share)
     check_bases(bases, input, ups)
     if inplace:
         _check_inplace(bases)
         inplace = not (torch.compiler.is_compiling() or torch.compiler.is_exporting())
     input = input.to(bases[0].dtype)
-    downs, ups = _adapters(input, downs, ups, share)
+    downs, ups = _computing(input, downs), _computing(input, ups)
     seed, step = _draws_from(input, dropout, seed, step, layer_id)
     outputs = autograd.BlockLoRA.apply(  # type: ignore[no-untyped-call]
         input, seed, step, tuple(scales), share, dropout, layer_id, inplace,
@@ -279,13 +281,10 @@ def _check_inplace(bases: Sequence[Tensor]) -> None:
             )
 
 
-def _adapters(
-    input: Tensor, downs: Sequence[Tensor], ups: Sequence[Tensor], share: str
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Adapters that fit the input, as the native ops take them."""
-    check_features(input, downs, ups, share)
+def _computing(input: Tensor, adapters: Sequence[Tensor]) -> list[Tensor]:
+    """Adapters as the native ops take them."""
     dtype = computing_type(input)
-    return [d.to(dtype).contiguous() for d in downs], [u.to(dtype).contiguous() for u in ups]
+    return [adapter.to(dtype).contiguous() for adapter in adapters]
 
 
 def _draws_from(

@@ -1,0 +1,281 @@
+// Family block_lora on CUDA. A block reads a tile of a matrix into shared memory once and multiplies it
+// there with thin matrices from both sides; or it forms a tile of a product with a thin matrix and adds it to
+// memory.
+//
+// Bytes moved: as block_lora.h counts them; products of a tile of columns and sums of a block of tokens are
+// written and read again, 4·ranks/kLoraTileColumns and 4·ranks/block_tokens per element.
+#pragma once
+#include "block_lora_tasks.h"
+#include "split_tile.cuh"
+#include "thin_products.cuh"
+#include "wide.cuh"
+
+namespace partune {
+
+constexpr int kLoraBlock = 256;
+
+// ---- elements ----
+
+template <typename Real>
+PARTUNE_FN Real thin_element(const ThinMatrix<Real>& thin, int64_t rank, int64_t column) {
+  const Real* from = thin.data + rank * thin.rank_stride + column * thin.column_stride;
+  Real sum = from[0];
+  for (int64_t arm = 1; arm < thin.arms; ++arm) sum += from[arm * thin.arm_stride];
+  return multiply(thin.scale, sum);
+}
+
+// Dropout's factors of neighbouring elements, a counter drawn once for all that it serves.
+template <typename Real>
+class LoraDraws {
+ public:
+  PARTUNE_MEMBER explicit LoraDraws(const LoraMatrix& matrix)
+      : dropout_(matrix.dropout), scale_(dropout_scale<Real>(matrix.dropout)) {
+    if (!matrix.seed) return;
+    const uint64_t seed = uint64_t(*matrix.seed);
+    key_ = {uint32_t(seed), uint32_t(seed >> 32)};
+    step_ = uint32_t(*matrix.step);
+  }
+
+  PARTUNE_MEMBER bool drops() const { return dropout_.dropped != 0; }
+
+  PARTUNE_MEMBER Real factor(int64_t index) {
+    const uint64_t counter = uint64_t(index) / kDrawsPerCounter;
+    if (counter != counter_) drawn_ = philox(counter, step_, dropout_.layer_id, key_);
+    counter_ = counter;
+    const int draw = int(index % kDrawsPerCounter);
+    const uint32_t low = draw & 2 ? drawn_.word[1] : drawn_.word[0];
+    const uint32_t high = draw & 2 ? drawn_.word[3] : drawn_.word[2];
+    const uint32_t word = draw & 4 ? high : low;
+    return (draw & 1 ? word >> 16 : word & 0xffffu) >= dropout_.dropped ? scale_ : Real(0);
+  }
+
+ private:
+  const BlockLoraDropout dropout_;
+  const Real scale_;
+  PhiloxKey key_ = {};
+  uint32_t step_ = 0;
+  uint64_t counter_ = ~uint64_t(0);
+  PhiloxBlock drawn_ = {};
+};
+
+// kPackSize neighbours of a token from `column` on, chunks summed; zeros outside.
+template <typename Stored, typename Real>
+PARTUNE_FN void read_lora_pack(const LoraMatrix& x, LoraDraws<Real>& draws, int64_t token, int64_t column,
+                               Real (&values)[kPackSize<Stored>]) {
+  constexpr int kPack = kPackSize<Stored>;
+  PARTUNE_UNROLL
+  for (int i = 0; i < kPack; ++i) values[i] = Real(0);
+  const int64_t count = token < x.tokens ? x.width - column : 0;
+  if (count > 0) {
+#pragma unroll 1
+    for (int64_t chunk = 0; chunk < x.chunks; ++chunk) {
+      const int64_t first = (token * x.chunks + chunk) * x.width + column;
+      const Stored* from = static_cast<const Stored*>(x.data) + first;
+      const WidePack<Stored> pack = load_wide(from, count, is_wide_aligned(from));
+      PARTUNE_UNROLL
+      for (int i = 0; i < kPack; ++i) {
+        Real value = widen(pack.at[i]);
+        if (draws.drops() && i < count) value = multiply(value, draws.factor(first + i));
+        values[i] += value;
+      }
+    }
+  }
+}
+
+// ---- one reading of a matrix ----
+
+// A block has a tile of columns, a block of tokens, and kGroups times kLoraRanks ranks.
+template <typename Stored, typename Real, int kGroups, int kBlock>
+struct LoraReader {
+  using Multiply = Products<Stored, Real, kBlock>;
+  using Shared = typename Multiply::Shared;
+  static constexpr int kTokens = Multiply::kTokens, kColumns = Multiply::kColumns;
+  const LoraRead<Real>& task;
+  Shared& shared;
+  int64_t tile, first_column, block, first_rank;
+
+  PARTUNE_MEMBER LoraReader(const LoraRead<Real>& read, Shared& memory) : task(read), shared(memory) {
+    const unsigned tiles = unsigned((task.x.width + kColumns - 1) / kColumns);
+    tile = blockIdx.x % tiles;
+    block = blockIdx.x / tiles;
+    first_column = tile * kColumns;
+    first_rank = int64_t(blockIdx.z) * kGroups * kLoraRanks;
+  }
+
+  PARTUNE_MEMBER void fill_x(int64_t first_token, LoraDraws<Real>& draws) const {
+    constexpr int kPack = kPackSize<Stored>, kPacks = kColumns / kPack;
+    for (int i = int(threadIdx.x); i < kTokens * kPacks; i += kBlock) {
+      const int token = i / kPacks, column = i % kPacks * kPack;
+      Real values[kPack];
+      read_lora_pack<Stored>(task.x, draws, first_token + token, first_column + column, values);
+      PARTUNE_UNROLL
+      for (int j = 0; j < kPack; ++j) shared.put_x(token, column + j, values[j]);
+    }
+  }
+
+  PARTUNE_MEMBER void fill_thin(int64_t rank) const {
+    for (int i = int(threadIdx.x); i < kLoraRanks * kColumns; i += kBlock) {
+      // Neighbouring threads take what lies side by side in memory.
+      const bool by_rank = task.thin.rank_stride == 1;
+      const int r = by_rank ? i % kLoraRanks : i / kColumns, c = by_rank ? i / kLoraRanks : i % kColumns;
+      const bool exists = rank + r < task.thin.ranks && first_column + c < task.x.width;
+      shared.put_thin(r, c, exists ? thin_element(task.thin, rank + r, first_column + c) : Real(0));
+    }
+  }
+
+  PARTUNE_MEMBER void fill_factors(int64_t first_token, int64_t rank) const {
+    for (int i = int(threadIdx.x); i < kLoraRanks * kTokens; i += kBlock) {
+      const int token = i / kLoraRanks, r = i % kLoraRanks;
+      const bool exists = first_token + token < task.x.tokens && rank + r < task.thin.ranks;
+      const int64_t at = (first_token + token) * task.factor_stride + rank + r;
+      shared.put_factor(token, r, exists ? task.factors[at] : Real(0));
+    }
+  }
+
+  PARTUNE_MEMBER void store_products(int64_t first_token, int64_t rank) const {
+    Multiply::project(shared, [&](int token, int r, Real value) {
+      const int64_t row = tile * task.x.tokens + first_token + token;
+      if (first_token + token < task.x.tokens && rank + r < task.thin.ranks)
+        task.products[row * task.thin.ranks + rank + r] = value;
+    });
+  }
+
+  PARTUNE_MEMBER void store_sums(const typename Multiply::Sums& sums, int64_t rank) const {
+    Multiply::store_sums(sums, [&](int r, int c, Real value) {
+      const int64_t row = block * task.thin.ranks + rank + r;
+      if (rank + r < task.thin.ranks && first_column + c < task.x.width)
+        task.sums[row * task.x.width + first_column + c] = value;
+    });
+  }
+};
+
+// SASS <float, float>: LDG.E.128
+// SASS <BFloat16, float>: LDG.E.128, LDSM
+// SASS <BFloat16, float> sm_80+: HMMA
+template <typename Stored, typename Real, int kGroups, int kBlock>
+__global__ void __launch_bounds__(kBlock) block_lora_read_kernel(LAUNCH_PARAMETER(LoraRead<Real>) task) {
+  using Reader = LoraReader<Stored, Real, kGroups, kBlock>;
+  using Multiply = typename Reader::Multiply;
+  SHARED(typename Reader::Shared, shared, [1]);
+  const Reader reader(task, shared[0]);
+  typename Multiply::Sums sums[kGroups] = {};
+  LoraDraws<Real> draws(task.x);
+  const int64_t start = reader.block * task.block_tokens;
+  const int64_t stop = start + task.block_tokens < task.x.tokens ? start + task.block_tokens : task.x.tokens;
+#pragma unroll 1
+  for (int64_t token = start; token < stop; token += Reader::kTokens) {
+    __syncthreads();  // the tile before has been read
+    reader.fill_x(token, draws);
+    PARTUNE_UNROLL
+    for (int group = 0; group < kGroups; ++group) {
+      const int64_t rank = reader.first_rank + group * kLoraRanks;
+      if (group > 0) __syncthreads();
+      if (task.products) reader.fill_thin(rank);
+      if (task.sums) reader.fill_factors(token, rank);
+      __syncthreads();
+      if (task.products) reader.store_products(token, rank);
+      if (task.sums) Multiply::accumulate(reader.shared, sums[group]);
+    }
+  }
+  if (task.sums) {
+    PARTUNE_UNROLL
+    for (int group = 0; group < kGroups; ++group) {
+      reader.store_sums(sums[group], reader.first_rank + group * kLoraRanks);
+    }
+  }
+}
+
+// ---- a product added to memory ----
+
+// A tile's factors and thin matrix for ranks [rank, rank + kLoraRanks).
+template <int kBlock, typename Real, typename Shared>
+PARTUNE_FN void fill_expansion(const LoraWrite<Real>& task, int64_t first_token, int64_t first_column,
+                               int64_t rank, int tokens, int columns, Shared& shared) {
+  for (int i = int(threadIdx.x); i < kLoraRanks * tokens; i += kBlock) {
+    const int token = i / kLoraRanks, r = i % kLoraRanks;
+    const bool exists = first_token + token < task.out.tokens && rank + r < task.thin.ranks;
+    const int64_t at = (first_token + token) * task.factor_stride + rank + r;
+    shared.put_factor(token, r, exists ? task.factors[at] : Real(0));
+  }
+  for (int i = int(threadIdx.x); i < kLoraRanks * columns; i += kBlock) {
+    const bool by_rank = task.thin.rank_stride == 1;
+    const int r = by_rank ? i % kLoraRanks : i / columns, c = by_rank ? i / kLoraRanks : i % columns;
+    const bool exists = rank + r < task.thin.ranks && first_column + c < task.out.width;
+    shared.put_thin(r, c, exists ? thin_element(task.thin, rank + r, first_column + c) : Real(0));
+  }
+}
+
+// A pack of sums into each chunk of a token.
+template <typename Stored, typename Real>
+PARTUNE_FN void write_lora_pack(const LoraWrite<Real>& task, LoraDraws<Real>& draws, int64_t token,
+                                int64_t column, const Real* sums) {
+  constexpr int kPack = kPackSize<Stored>;
+  const LoraMatrix& out = task.out;
+  const int64_t count = token < out.tokens ? out.width - column : 0;
+  if (count > 0) {
+#pragma unroll 1
+    for (int64_t chunk = 0; chunk < out.chunks; ++chunk) {
+      const int64_t first = (token * out.chunks + chunk) * out.width + column;
+      Stored* to = static_cast<Stored*>(out.data) + first;
+      const bool aligned = is_wide_aligned(to);
+      WidePack<Stored> pack = {};
+      if (task.add) pack = load_wide<Stored>(to, count, aligned);
+      PARTUNE_UNROLL
+      for (int i = 0; i < kPack; ++i) {
+        Real value = sums[i];
+        if (draws.drops() && i < count) value = multiply(value, draws.factor(first + i));
+        if (task.add) value += widen(pack.at[i]);
+        round_nearest(value, pack.at[i]);
+      }
+      store_wide(pack, to, count, aligned);
+    }
+  }
+}
+
+// SASS <float, float>: LDG.E.128, STG.E.128
+// SASS <BFloat16, float>: LDG.E.128, STG.E.128, LDSM
+// SASS <BFloat16, float> sm_80+: HMMA
+template <typename Stored, typename Real, int kBlock>
+__global__ void __launch_bounds__(kBlock) block_lora_write_kernel(LAUNCH_PARAMETER(LoraWrite<Real>) task) {
+  using Multiply = Expansion<Stored, Real, kBlock>;
+  constexpr int kTokens = Multiply::kTokens, kColumns = Multiply::kColumns;
+  constexpr int kPack = kPackSize<Stored>, kPacks = kColumns / kPack;
+  SHARED(typename Multiply::Shared, shared, [1]);
+  SHARED(Real, stage, [kTokens][kColumns + 4]);
+  const unsigned tiles = unsigned((task.out.width + kColumns - 1) / kColumns);
+  const int64_t first_column = int64_t(blockIdx.x % tiles) * kColumns;
+  const int64_t first_token = int64_t(blockIdx.x / tiles) * kTokens;
+  typename Multiply::Sums sums = {};
+#pragma unroll 1
+  for (int64_t rank = 0; rank < task.thin.ranks; rank += kLoraRanks) {
+    __syncthreads();  // the ranks before have been read
+    fill_expansion<kBlock>(task, first_token, first_column, rank, kTokens, kColumns, shared[0]);
+    __syncthreads();
+    Multiply::multiply_add_tile(shared[0], sums);
+  }
+  Multiply::store_sums(sums, [&](int token, int column, Real value) { stage[token][column] = value; });
+  __syncthreads();
+  LoraDraws<Real> draws(task.out);
+#pragma unroll 1
+  for (int i = int(threadIdx.x); i < kTokens * kPacks; i += kBlock) {
+    const int token = i / kPacks, column = i % kPacks * kPack;
+    write_lora_pack<Stored>(task, draws, first_token + token, first_column + column, &stage[token][column]);
+  }
+}
+
+// ---- parts added up in their order ----
+
+// SASS: none (a thread sums one element, neighbours beside it)
+template <typename Real, int kBlock>
+__global__ void __launch_bounds__(kBlock) block_lora_sum_kernel(const LoraSum<Real> task) {
+  const int64_t size = task.rows * task.columns, element = int64_t(blockIdx.x) * kBlock + threadIdx.x;
+  if (element < size) {
+    Real sum = Real(0);
+    for (int64_t part = 0; part < task.parts; ++part) sum += task.partial[part * task.part_stride + element];
+    Real* to =
+        task.out + element / task.columns * task.row_stride + element % task.columns * task.column_stride;
+    for (int64_t arm = 0; arm < task.arms; ++arm) to[arm * task.arm_stride] = multiply(task.scale, sum);
+  }
+}
+
+}  // namespace partune

@@ -19,12 +19,13 @@ TIDY := $(filter-out $(if $(or $(filter 0,$(PARTUNE_CUDA)),$(filter cpu,$(PARTUN
 EMULATOR := $(wildcard tests/cuda_emulator/*.cpp tests/cuda_emulator/*.h)
 LINTED := python tests examples benchmarks setup.py .ci
 
-.PHONY: help build demo ssf-demo test test-all sanitize-asan sanitize-tsan mutants bench kernels lint format wheel test-torch gpu-check clean FORCE
+.PHONY: help build demo ssf-demo lora-demo test test-all sanitize-asan sanitize-tsan mutants bench kernels lint format wheel test-torch gpu-check clean FORCE
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo      fine-tune SmolLM2-135M-Instruct with LiftAdamW (minutes; downloads 100 MB once)"
 	@echo "make ssf-demo  a ViT learns digits with SSF, beside probing and full fine-tuning (minutes; 100 MB once)"
+	@echo "make lora-demo Block-LoRA beside peft's LoRA on the demo's task, exported to peft (minutes; 100 MB once)"
 	@echo "make test      the tests, on this machine's best instruction set"
 	@echo "make test-all  all tests, the slow ones too, on every instruction set of this machine"
 	@echo "make sanitize-asan, make sanitize-tsan  the CUDA kernels on the CPU under a sanitizer: memory, races"
@@ -46,6 +47,10 @@ demo: .venv/.demo
 ssf-demo: .venv/.demo
 	model=$$($(RUN) examples/offline_models.py vit-s14) && \
 	  $(RUN) examples/ssf_vit.py --model "$$model" $(ARGS)
+
+lora-demo: .venv/.demo
+	model=$$($(RUN) examples/offline_models.py smollm2-135m-instruct) && \
+	  $(RUN) examples/block_lora.py --model "$$model" $(ARGS)
 
 test: .venv/.test
 	$(RUN) -m pytest -m "not slow" $(ARGS)

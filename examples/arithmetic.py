@@ -101,12 +101,16 @@ def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> fl
     return torch.tensor(losses).mean().exp().item()
 
 
+def accuracy(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]
+) -> tuple[float, float]:
+    """Shares of problems solved: exactly, and whatever else is in the answer."""
+    pairs = list(zip(answer(model, tokenizer, problems), problems, strict=True))
+    exact = statistics.mean(given.strip() == p.answer for given, p in pairs)
+    return exact, statistics.mean(last_number(given) == p.answer for given, p in pairs)
+
+
 def evaluate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]
 ) -> Scores:
-    pairs = list(zip(answer(model, tokenizer, problems), problems, strict=True))
-    return Scores(
-        exact=statistics.mean(given.strip() == p.answer for given, p in pairs),
-        tolerant=statistics.mean(last_number(given) == p.answer for given, p in pairs),
-        perplexity=perplexity(model, tokenizer),
-    )
+    return Scores(*accuracy(model, tokenizer, problems), perplexity(model, tokenizer))

@@ -21,6 +21,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from digits import load_digits, split
+from measure import kept_bytes
 from partune.nn import ScaleShiftConfig, attach, merge, save_adapter, trainable_parameters
 
 
@@ -86,29 +87,12 @@ def predict(model: PreTrainedModel, images: Tensor) -> Tensor:
     return torch.cat([model(pixel_values=batch).logits for batch in images.split(64)])
 
 
-def kept_bytes(model: PreTrainedModel, images: Tensor) -> int:
-    """Storages that a forward keeps for its backward, each once."""
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = model.train()(pixel_values=images).logits
-    del output
-    return sum(kept.values())
-
-
 def run(
     method: str, lr: float, data: tuple[Tensor, ...], args: argparse.Namespace
 ) -> tuple[PreTrainedModel, Result]:
     images, labels, test_images, test_labels = data
     model = prepare(method, args)
-    activations = kept_bytes(model, images[: args.batch_size])
+    activations = kept_bytes(model, {"pixel_values": images[: args.batch_size]})
     optimizer, times = train(model, images, labels, lr, args)
     states = [value for state in optimizer.state.values() for value in state.values()]
     count, _ = trainable_parameters(model)

@@ -49,6 +49,7 @@ def each(*kinds):
 def no_warnings():
     """peft warns where a user has to look: of keys that it didn't find, of unmerged layers."""
     with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is deprecated in transformers and torch
         warnings.simplefilter("error", UserWarning)
         yield
 

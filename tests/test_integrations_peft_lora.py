@@ -42,6 +42,7 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 def no_warnings():
     """peft warns of keys that it didn't find, and of patterns that match nothing."""
     with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is deprecated in transformers and torch
         warnings.simplefilter("error", UserWarning)
         yield
 

@@ -28,7 +28,6 @@ class LowRank(nn.Module):
 
     in_features: int
     share: str
-    blocks: int
     scale: float
     dropout: float
 

@@ -112,7 +112,7 @@ def lora_factors(adapter: LowRank) -> tuple[Tensor, Tensor]:
     """LoRA's A [rank, in] and B [out, rank] of the same update, the scale in B."""
     down, up = (factor.detach() for factor in adapter.factors())
     if adapter.share == "input":
-        down = down.repeat(1, adapter.blocks)
+        down = down.repeat(1, adapter.in_features // down.shape[1])
     else:
         up = up.sum(0)
     return down.contiguous(), (adapter.scale * up).contiguous()

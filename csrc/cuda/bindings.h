@@ -57,6 +57,8 @@ void block_lora_backward_cuda_(std::optional<Tensor> grad_input, LoraTensors gra
                                LoraTensors ups, LoraScales scales, std::string share, double dropout,
                                std::optional<Tensor> seed, std::optional<Tensor> step, int64_t layer_id,
                                bool accumulate);
+void sampled_grad_cuda_(Tensor values, Tensor grad, Tensor input, Tensor crow_indices, Tensor col_indices,
+                        std::string route);
 
 // Adds every CUDA kernel to a library.
 inline void implement_cuda_ops(torch::stable::detail::StableLibrary& library) {
@@ -79,6 +81,7 @@ inline void implement_cuda_ops(torch::stable::detail::StableLibrary& library) {
   library.impl("layer_norm_scale_shift_backward", TORCH_BOX(&layer_norm_scale_shift_backward_cuda));
   library.impl("rms_norm_scale_shift", TORCH_BOX(&rms_norm_scale_shift_cuda));
   library.impl("rms_norm_scale_shift_backward", TORCH_BOX(&rms_norm_scale_shift_backward_cuda));
+  library.impl("sampled_grad_", TORCH_BOX(&sampled_grad_cuda_));
 }
 
 }  // namespace partune

@@ -106,7 +106,7 @@ def merge(
         for layer_name, layer in adapter.layers.items()
         if layer.children_name
     }
-    _refuse_shared(model, merged)
+    _refuse_shared(model, [name for name, parameters in merged.items() if parameters])
     created = _created(model, merged)
     flags, zeros = expressed(model, created) if created else ((), [])
     layers = len(merged)
@@ -116,6 +116,8 @@ def merge(
         merged.setdefault(layer_name, {})["bias"] = torch.zeros(size)
     kept = None if keep is None else _kept(model, name, adapter, merged, flags, keep)
     before = None if batch is None else _outputs(model, batch)
+    for layer_name in merged:
+        _layer(model, layer_name).settle()
     detach(model)
     for layer_name, parameters in merged.items():
         write(model.get_submodule(layer_name), parameters)
@@ -208,11 +210,15 @@ def _kept(
     return Merged(name, adapter.config, plan, overwritten, flags)
 
 
-def _merged(model: nn.Module, name: str) -> dict[str, Tensor]:
+def _layer(model: nn.Module, name: str) -> AdaptedLayer:
     layer = model.get_submodule(name)
     assert isinstance(layer, AdaptedLayer)
+    return layer
+
+
+def _merged(model: nn.Module, name: str) -> dict[str, Tensor]:
     try:
-        return layer.merged()
+        return _layer(model, name).merged()
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 

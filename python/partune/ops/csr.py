@@ -92,6 +92,17 @@ def gather(matrix: Tensor, crow_indices: Tensor, col_indices: Tensor) -> Tensor:
     return matrix[row_indices(crow_indices), col_indices.to(torch.int64)]
 
 
+def scatter_(matrix: Tensor, crow_indices: Tensor, col_indices: Tensor, values: Tensor) -> None:
+    """Write values [nnz] into the selected entries of a matrix, rounded to its dtype."""
+    flat = flat_indices(crow_indices, col_indices, matrix.shape[1])
+    values = values.detach().to(matrix.dtype)
+    if matrix.is_contiguous():
+        matrix.view(-1).scatter_(0, flat, values)
+    else:
+        rows = row_indices(crow_indices)
+        matrix[rows, col_indices.to(torch.int64)] = values
+
+
 def stack_csr(slices: Sequence[Csr]) -> Csr:
     """One CSR of slices [rows, columns] stacked to [slices·rows, columns]."""
     if len(slices) == 1:

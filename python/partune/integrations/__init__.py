@@ -1,0 +1,1 @@
+"""Other libraries' doors to partune, each imported by whoever wants it."""

@@ -128,6 +128,7 @@ clean:
 # ---- .venv: one stamp for what pyproject.toml requires to build, one for each of its extras ----
 
 .venv/.requirements: constraints.txt pyproject.toml
+	@echo "setting up .venv: torch and the compilers, 1.3 GB, a minute or two"
 	$(PYTHON) -m venv .venv
 	$(RUN) -c "import tomllib; \
 	  print(*tomllib.load(open('pyproject.toml', 'rb'))['build-system']['requires'], sep='\n')" > $@.txt
@@ -143,6 +144,7 @@ FORCE:
 
 INSTALL := $(PIP) install --no-build-isolation -c constraints.txt
 .venv/.build: .venv/.requirements build/.options setup.py CMakeLists.txt $(SOURCES)
+	@echo "compiling the native core: minutes the first time, for all GPUs; ARCHS=cpu is quicker"
 	$(INSTALL) -e .
 	@touch $@
 

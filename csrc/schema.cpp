@@ -30,6 +30,8 @@ const Schema kSchemas[] = {
     {"half_mask", "half_adamw_(Tensor(a!)[] self, Tensor[] grads, Tensor[] live, Tensor[] ranks, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] masters, Tensor[] state_steps, int[] parameter_ids, int[] mask_ids, *, str level, Tensor lr, float beta1, float beta2, float weight_decay, float eps, str eps_mode, bool maximize, str rounding, Tensor? mask_seed=None, Tensor? seed=None, Tensor? offset=None, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"},
     {"half_mask", "random_mask(int count, *, Tensor mask_seed, int mask_id) -> Tensor"},
     {"half_mask", "mask_counts(Tensor mask, int count) -> Tensor"},
+    // family sampled_grad
+    {"sampled_grad", "sampled_grad_(Tensor(a!) values, Tensor grad, Tensor input, Tensor crow_indices, Tensor col_indices, *, str route) -> ()"},
 };
 // clang-format on
 const int kSchemaCount = sizeof(kSchemas) / sizeof(kSchemas[0]);

@@ -10,8 +10,25 @@ import torch
 import cuda_emulator
 from op_cases import GPU, Backend
 
+LEFT_OUT = pytest.StashKey[int]()
+
 if cuda_emulator.MODE == "tsan":
     torch.set_num_threads(1)  # torch's own threads synchronise in ways that TSan can't see
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what needs a GPU where there is none; the summary says how many tests that were."""
+    if torch.cuda.is_available():
+        return
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    config.hook.pytest_deselected(items=on_gpu)
+    config.stash[LEFT_OUT] = len(on_gpu)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if left_out := config.stash.get(LEFT_OUT, 0):
+        terminalreporter.write_line(f"{left_out} tests need a GPU and were left out")
 
 
 @pytest.fixture(params=["cpu", "cuda-emulated", GPU])

@@ -33,9 +33,7 @@ class Backend:
     ops: Any
 
 
-GPU = pytest.param(
-    "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-)
+GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 
 
 def assert_close(actual: Tensor, reference: Tensor, tolerance: float | None = None) -> None:

@@ -8,6 +8,7 @@ from partune.ops.block_lora import (
     block_lora_linear,
 )
 from partune.ops.half_mask import half_adamw_, mask_counts, mask_ranks, random_mask
+from partune.ops.sampled_grad import sampled_grad, sampled_grad_
 from partune.ops.scale_shift import scale_shift, scale_shift_, scale_shift_backward
 from partune.ops.scale_shift_norm import (
     layer_norm_scale_shift,
@@ -35,6 +36,8 @@ __all__ = [
     "remap_",
     "rms_norm_scale_shift",
     "rms_norm_scale_shift_backward",
+    "sampled_grad",
+    "sampled_grad_",
     "scale_shift",
     "scale_shift_",
     "scale_shift_backward",

@@ -1,0 +1,199 @@
+"""Family sampled_grad: a linear layer's weight gradient at selected entries alone.
+
+Of dYᵀX only the values at the entries of a CSR are formed: a sampled dense-dense product. A matrix
+of the weight's size never exists.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from partune.ops import _checks as check
+from partune.ops._contract import Op, call, register
+from partune.ops.csr import row_indices
+
+ROUTES = ("sampled", "panels")
+# Rows of the product that the reference holds at a time.
+REFERENCE_ROWS = 256
+
+
+def sampled_grad_(
+    values: Tensor,
+    grad: Tensor,
+    input: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    *,
+    route: str = "auto",
+) -> None:
+    """Add the entries of gradᵀ @ input that a CSR names to a vector of values.
+
+    With y = x @ weight.t() these are the selected entries of the weight's gradient. Sums are float32
+    (float64 of float64) whatever is multiplied. For a weight that is stored [in, out], as GPT-2's
+    Conv1D has it, pass x as grad and the output's gradient as input.
+
+    Args:
+        values: [nnz] float32 (float64 beside float64), contiguous; added to.
+        grad: [tokens, rows], the output's gradient, of float64, float32, bfloat16 or float16.
+        input: [tokens, columns], what the layer read, of the same dtype.
+        crow_indices, col_indices: int64 [rows + 1] and int32 [nnz], ascending and row-major.
+        route: "sampled" multiplies entry by entry; "panels" multiplies some rows at a time into a
+            workspace and takes the entries from there; "auto" takes the faster by
+            `choose_route`.
+
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: a wrong shape, stride or device, or another route.
+
+    Example:
+        >>> values, grad, x = torch.zeros(2), torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 5.0]])
+        >>> crow, col = torch.tensor([0, 1, 2]), torch.tensor([1, 0], dtype=torch.int32)
+        >>> sampled_grad_(values, grad, x, crow, col)
+        >>> values
+        tensor([5., 6.])
+    """
+    grad, input = _rows_contiguous(grad), _rows_contiguous(input)
+    if route == "auto":
+        check_sampled_grad_(values, grad, input, crow_indices, col_indices, route=ROUTES[0])
+        route = choose_route(grad, input, col_indices)
+    call("sampled_grad_", values, grad, input, crow_indices, col_indices, route=route)
+
+
+def sampled_grad(
+    grad: Tensor,
+    input: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    *,
+    route: str = "auto",
+) -> Tensor:
+    """Form the entries of gradᵀ @ input that a CSR names: `sampled_grad_` into new values.
+
+    Args:
+        grad, input, crow_indices, col_indices, route: as for `sampled_grad_`.
+
+    Returns:
+        [nnz] float32, or float64 of float64.
+
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: a wrong shape, stride or device, or another route.
+
+    Example:
+        >>> grad, x = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 5.0]])
+        >>> crow, col = torch.tensor([0, 1, 2]), torch.tensor([1, 0], dtype=torch.int32)
+        >>> sampled_grad(grad, x, crow, col)
+        tensor([5., 6.])
+    """
+    check.tensor("grad", grad, None)
+    check.tensor("col_indices", col_indices, grad.device)
+    values = torch.zeros(col_indices.shape, dtype=_wide(grad), device=grad.device)
+    sampled_grad_(values, grad, input, crow_indices, col_indices, route=route)
+    return values
+
+
+def choose_route(grad: Tensor, input: Tensor, col_indices: Tensor) -> str:
+    """Which route of `sampled_grad_` is the faster."""
+    return "sampled"
+
+
+def _wide(grad: Tensor) -> torch.dtype:
+    return torch.float64 if grad.dtype == torch.float64 else torch.float32
+
+
+def _rows_contiguous(matrix: Tensor) -> Tensor:
+    is_matrix = isinstance(matrix, Tensor) and matrix.dim() == 2
+    return matrix.contiguous() if is_matrix and not _has_whole_rows(matrix) else matrix
+
+
+def _has_whole_rows(matrix: Tensor) -> bool:
+    """Each row's elements side by side, and rows that don't overlap."""
+    rows, columns = matrix.shape
+    if matrix.is_contiguous():
+        return True
+    return matrix.stride(1) == 1 and (rows <= 1 or matrix.stride(0) >= columns)
+
+
+def _check_factor(name: str, factor: Tensor) -> None:
+    if factor.dim() != 2:
+        raise ValueError(f"{name}: got shape {tuple(factor.shape)}, want a matrix, [tokens, ...]")
+    if not _has_whole_rows(factor):
+        raise ValueError(
+            f"{name}: got strides {factor.stride()} for shape {tuple(factor.shape)}, want rows "
+            "that are contiguous"
+        )
+    if factor.shape[1] >= check.COLUMN_LIMIT:
+        raise ValueError(f"{name}: got {factor.shape[1]} columns, want fewer than 2**31")
+
+
+def check_sampled_grad_(
+    values: Tensor,
+    grad: Tensor,
+    input: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    *,
+    route: str,
+) -> None:
+    check.tensor("values", values, None)
+    for name, value in (
+        ("grad", grad),
+        ("input", input),
+        ("crow_indices", crow_indices),
+        ("col_indices", col_indices),
+    ):
+        check.tensor(name, value, values.device)
+    check.dtype("grad", grad, check.FLOATING)
+    check.dtype("input", input, (grad.dtype,))
+    check.dtype("values", values, (_wide(grad),))
+    _check_factor("grad", grad)
+    _check_factor("input", input)
+    if input.shape[0] != grad.shape[0]:
+        raise ValueError(
+            f"input: got shape {tuple(input.shape)} beside grad {tuple(grad.shape)}, want as many "
+            "rows, one per token"
+        )
+    check.csr(crow_indices, col_indices)
+    check.shape("crow_indices", crow_indices, (grad.shape[1] + 1,))
+    check.shape("values", values, col_indices.shape)
+    check.contiguous("values", values)
+    check.one_of("route", route, ROUTES)
+
+
+def fake_sampled_grad_(
+    values: Tensor,
+    grad: Tensor,
+    input: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    *,
+    route: str,
+) -> None:
+    return None
+
+
+def reference_sampled_grad_(
+    values: Tensor,
+    grad: Tensor,
+    input: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    *,
+    route: str,
+) -> None:
+    bounds, wide_input = crow_indices.tolist(), input.to(values.dtype)
+    for first in range(0, grad.shape[1], REFERENCE_ROWS):
+        last = min(first + REFERENCE_ROWS, grad.shape[1])
+        panel = grad[:, first:last].t().to(values.dtype) @ wide_input
+        rows = row_indices(crow_indices[first : last + 1])
+        here = slice(bounds[first], bounds[last])
+        values[here] += panel[rows, col_indices[here].to(torch.int64)]
+
+
+register(
+    Op(
+        "sampled_grad_", "sampled_grad", sampled_grad_, check_sampled_grad_, fake_sampled_grad_,
+        reference_sampled_grad_,
+    )
+)  # fmt: skip

@@ -59,7 +59,9 @@ class Layer:
             scales=[1.0], dropout=self.dropout, seed=self.seed, step=self.step,
         )[0]  # fmt: skip
 
-    def run(self, function: Callable[[Tensor], Tensor], trained: list[Tensor]) -> Callable[[], object]:
+    def run(
+        self, function: Callable[[Tensor], Tensor], trained: list[Tensor]
+    ) -> Callable[[], object]:
         return lambda: torch.autograd.grad(function(self.x), [self.x, *trained], self.grad)
 
     def compare(self, rounds: int) -> Comparison:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from nn_models import transformers_model
+from nn_models import inputs_of, output_of, transformers_model
 from partune.nn import Refresher, SparseConfig, attach, refresh
 from partune.optim import SparseAdamW
 from partune.selection import Magnitude, PrincipalWeights, Random
@@ -299,6 +299,17 @@ def test_trainer_refreshes(tmp_path):
     assert_written(model)
 
 
+def test_what_save_pretrained_writes_is_trained(tmp_path):
+    torch.manual_seed(0)
+    model, inputs = transformers_model("llama"), inputs_of("llama")
+    attach(model, SparseConfig(Magnitude(), density=0.2))
+    output_of(model, inputs).square().sum().backward()
+    torch.optim.AdamW(values_of(model), lr=0.05).step()
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert torch.equal(output_of(again, inputs), output_of(model, inputs))
+
+
 # ---- two ranks ----
 
 
@@ -348,3 +359,21 @@ def test_two_ranks(tmp_path):
         optimizer.zero_grad()
         refresher.step()
     torch.multiprocessing.spawn(_rank, (str(tmp_path), model), nprocs=2)
+
+
+def test_sharded_layers_say_so(tmp_path):
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/one", rank=0, world_size=1)
+    try:
+        mesh = dist.init_device_mesh("cpu", (1,))
+        model = fully_shard(sparse(two_layers()), mesh=mesh)
+        with pytest.raises(RuntimeError, match=r"replaced the layer's own .as FSDP or functional"):
+            model(torch.randn(6, 24))
+        model = fully_shard(two_layers(), mesh=mesh)
+        with pytest.raises(TypeError, match="0: got a weight that is a DTensor, want a strided"):
+            sparse(model)
+    finally:
+        dist.destroy_process_group()

@@ -73,7 +73,8 @@ def merge(
         name: of the adapter, the only one attached; None: that one.
         keep: for `unmerge`, outside of the state_dict: "original", the weights as they were, which
             come back bit for bit; "adapter", the adapter alone, which takes next to no memory and
-            is subtracted again, exact but for rounding; None: nothing.
+            is subtracted again, exact but for rounding (a SparseConfig's: bit for bit); None:
+            nothing.
 
     Raises:
         ValueError: no adapter or several; a shift where no bias can be (RMSNorm, a layer whose bias

@@ -1,0 +1,114 @@
+// Family sampled_grad on the CPU. Sampled: a block of tokens of both factors is packed, a column's tokens
+// side by side, and each entry is a dot product of two packed columns. Threads share the entries.
+#include "../binding/sampled_grad.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <memory>
+#include <vector>
+
+#include "../kernels/sampled_grad_cpu.h"
+#include "isa.h"
+
+namespace partune {
+namespace {
+
+constexpr int64_t kPackColumns = 128;     // whose packed tokens are a small part of an L2 cache
+constexpr int64_t kEntriesOfThread = 64;  // not worth dividing further
+constexpr int64_t kPanelBytes = int64_t(2) << 20;
+
+int64_t row_of(const CsrView& csr, int64_t entry) {
+  return std::upper_bound(csr.crow_indices, csr.crow_indices + csr.rows + 1, entry) - csr.crow_indices - 1;
+}
+
+template <typename Real>
+class Sampled {
+ public:
+  Sampled(const SampledGradCall& call, int64_t element_size, const SampledGradBodies<Real>& bodies)
+      : call_(call),
+        element_size_(element_size),
+        bodies_(bodies),
+        // Of torch, which aligns memory to cache lines.
+        packed_(torch::stable::empty({(call.grad.columns + call.input.columns) * kTokenBlockBytes},
+                                     ScalarType::Byte)),
+        grad_(static_cast<Real*>(packed_.mutable_data_ptr())),
+        input_(grad_ + call.grad.columns * kTokenBlock<Real>) {}
+
+  void run() const {
+    for (int64_t first = 0; first < call_.tokens; first += kTokenBlock<Real>) {
+      const int64_t tokens = std::min(kTokenBlock<Real>, call_.tokens - first);
+      pack(first, tokens);
+      multiply(tokens);
+    }
+  }
+
+ private:
+  void pack(int64_t first_token, int64_t tokens) const {
+    const int64_t of_grad = (call_.grad.columns + kPackColumns - 1) / kPackColumns;
+    const int64_t of_input = (call_.input.columns + kPackColumns - 1) / kPackColumns;
+    torch::stable::parallel_for(0, of_grad + of_input, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t unit = begin; unit < end; ++unit) {
+        const bool is_grad = unit < of_grad;
+        const Factor& factor = is_grad ? call_.grad : call_.input;
+        const int64_t column = (is_grad ? unit : unit - of_grad) * kPackColumns;
+        const char* data =
+            static_cast<const char*>(factor.data) + first_token * factor.stride * element_size_;
+        bodies_.pack(data, factor.stride, tokens, column, std::min(column + kPackColumns, factor.columns),
+                     is_grad ? grad_ : input_);
+      }
+    });
+  }
+
+  void multiply(int64_t tokens) const {
+    const SampledGradBlock<Real> block{grad_, input_, tokens,
+                                       call_.input.columns, call_.csr, static_cast<Real*>(call_.values)};
+    torch::stable::parallel_for(0, call_.csr.nnz, kEntriesOfThread, [&](int64_t begin, int64_t end) {
+      const int64_t first_row = row_of(call_.csr, begin), last_row = row_of(call_.csr, end - 1) + 1;
+      const std::unique_ptr<int64_t[]> cursors(new int64_t[size_t(last_row - first_row)]);
+      bodies_.product(block, first_row, last_row, begin, end, cursors.get());
+    });
+  }
+
+  const SampledGradCall& call_;
+  int64_t element_size_;
+  const SampledGradBodies<Real>& bodies_;
+  Tensor packed_;
+  Real *grad_, *input_;  // [rows or columns, kTokenBlock]
+};
+
+template <typename Real>
+void run_sampled_grad(const SampledGradCall& call, const Tensor& grad, const Tensor& input,
+                      const SampledGradBodies<Real>& bodies) {
+  if (!call.panels) return Sampled<Real>(call, int64_t(grad.element_size()), bodies).run();
+  const CsrView& csr = call.csr;
+  for_panels(grad, input, kPanelBytes, [&](const void* panel, int64_t first, int64_t last) {
+    const int64_t begin = csr.crow_indices[first], end = csr.crow_indices[last];
+    torch::stable::parallel_for(begin, end, kEntriesOfThread, [&](int64_t from, int64_t to) {
+      bodies.compact(panel, call.input.columns, first, csr, from, to, static_cast<Real*>(call.values));
+    });
+  });
+}
+
+void sampled_grad_(Tensor values, Tensor grad, Tensor input, Tensor crow_indices, Tensor col_indices,
+                   std::string route) {
+  const char* op = "sampled_grad_";
+  STD_TORCH_CHECK(values.is_cpu(), op, ": values must be on the CPU");
+  const SampledGradCall call = sampled_grad_call(op, values, grad, input, crow_indices, col_indices, route);
+  if (call.csr.nnz == 0 || call.tokens == 0) return;
+  const SampledGradCpu& cpu = PARTUNE_CPU_TABLE(sampled_grad_cpu);
+  switch (grad.scalar_type()) {
+    case ScalarType::Double:
+      return run_sampled_grad(call, grad, input, cpu.float64);
+    case ScalarType::Float:
+      return run_sampled_grad(call, grad, input, cpu.float32);
+    case ScalarType::BFloat16:
+      return run_sampled_grad(call, grad, input, cpu.bfloat16);
+    default:
+      return run_sampled_grad(call, grad, input, cpu.half);
+  }
+}
+
+STABLE_TORCH_LIBRARY_IMPL(partune, CPU, m) { m.impl("sampled_grad_", TORCH_BOX(&sampled_grad_)); }
+
+}  // namespace
+}  // namespace partune

@@ -1,0 +1,23 @@
+// Family sampled_grad: values += the entries of gradᵀ @ input [rows, columns] that a CSR names, with grad
+// [tokens, rows] and input [tokens, columns].
+//
+// Operations: 2·tokens·nnz, of the dense product's 2·tokens·rows·columns. Bytes, of elements of b bytes:
+//   sampled, CPU: factors read and packed once, (rows + columns)·tokens·(b + 2·sizeof(Real)); per block of
+//     kTokenBlockBytes/sizeof(Real) tokens, nnz·kTokenBlockBytes from the L2 cache, 4·nnz of columns and
+//     2·sizeof(Real)·nnz of values.
+//   sampled, CUDA: nnz·tokens·b of input, from the L2 cache where it holds it; grad and columns once.
+//   panels: factors, as the dense product reads them; rows·columns entries of the workspace written, and
+//     nnz of them read, from caches; 4·nnz of columns and 2·sizeof(Real)·nnz of values.
+#pragma once
+#include "platform.h"
+
+namespace partune {
+
+// A selection as the bodies read it.
+struct CsrView {
+  const int64_t* crow_indices;  // [rows + 1]
+  const int32_t* col_indices;   // [nnz]
+  int64_t rows, nnz;
+};
+
+}  // namespace partune

@@ -1,0 +1,49 @@
+// The CPU bodies of family sampled_grad, as a table: one is built per ISA.
+#pragma once
+#include "sampled_grad.h"
+
+namespace partune {
+
+// Tokens are taken a block at a time; of a block, a column of a factor is packed into so many bytes.
+constexpr int64_t kTokenBlockBytes = 1024;
+template <typename Real>
+constexpr int64_t kTokenBlock = kTokenBlockBytes / int64_t(sizeof(Real));
+
+// A block of tokens: factors packed [rows or columns, kTokenBlock], zeros behind the last token.
+template <typename Real>
+struct SampledGradBlock {
+  const Real *grad, *input;
+  int64_t tokens, columns;
+  CsrView csr;
+  Real* values;  // [nnz], added to
+};
+
+template <typename Real>
+struct SampledGradBodies {
+  // Packs columns [begin, end) of `tokens` rows of a factor, which lie `stride` apart.
+  void (*pack)(const void* factor, int64_t stride, int64_t tokens, int64_t begin, int64_t end, Real* packed);
+  // The entries [begin, end), the first of which lies in row `first_row` and the last in `last_row` - 1.
+  // cursors holds last_row - first_row numbers. An entry's bits don't depend on where ranges begin.
+  void (*product)(const SampledGradBlock<Real>& block, int64_t first_row, int64_t last_row, int64_t begin,
+                  int64_t end, int64_t* cursors);
+  // The entries [begin, end), from rows first_row and on of the dense product.
+  void (*compact)(const void* panel, int64_t columns, int64_t first_row, const CsrView& csr, int64_t begin,
+                  int64_t end, Real* values);
+};
+
+struct SampledGradCpu {
+  SampledGradBodies<double> float64;
+  SampledGradBodies<float> float32, bfloat16, half;
+};
+
+namespace baseline {
+extern const SampledGradCpu sampled_grad_cpu;
+}
+namespace avx2 {
+extern const SampledGradCpu sampled_grad_cpu;
+}
+namespace avx512 {
+extern const SampledGradCpu sampled_grad_cpu;
+}
+
+}  // namespace partune

@@ -15,6 +15,10 @@ from partune.nn._registry import (
     trainable_parameters,
 )
 from partune.nn._scale_shift_config import ScaleShiftConfig
+from partune.nn._sparse_config import SparseConfig
+from partune.nn._sparse_layers import SparseLinear
+from partune.nn._sparse_refresh import Refresher, refresh
+from partune.nn._sparse_writing import write_back_
 from partune.nn.block_lora import BlockLoRA
 from partune.nn.scale_shift import ScaleShift
 
@@ -23,8 +27,11 @@ __all__ = [
     "BlockLoRAConfig",
     "BlockLoRALinear",
     "MergeReport",
+    "Refresher",
     "ScaleShift",
     "ScaleShiftConfig",
+    "SparseConfig",
+    "SparseLinear",
     "attach",
     "detach",
     "disable_adapter",
@@ -33,8 +40,10 @@ __all__ = [
     "merge",
     "mixed_adapters",
     "print_trainable_parameters",
+    "refresh",
     "save_adapter",
     "set_adapter",
     "trainable_parameters",
     "unmerge",
+    "write_back_",
 ]

@@ -23,10 +23,11 @@ from partune.nn._registry import (
     planned,
 )
 from partune.nn._scale_shift_config import ScaleShiftConfig
+from partune.nn._sparse_config import SparseConfig
 
 _FORMAT = "partune adapter, version 1"
 _CONFIGS: dict[str, type[AdapterConfig]] = {
-    config.method: config for config in (ScaleShiftConfig, BlockLoRAConfig)
+    config.method: config for config in (ScaleShiftConfig, BlockLoRAConfig, SparseConfig)
 }
 
 
@@ -53,8 +54,9 @@ def save_adapter(
     tensors = {}
     for layer_name, layer in adapter.layers.items():
         if layer.children_name:
-            trained = getattr(model.get_submodule(layer_name), layer.children_name)[name]
-            for key, value in trained.state_dict().items():
+            module = model.get_submodule(layer_name)
+            trained = getattr(module, layer.children_name)[name]
+            for key, value in layer.file_tensors(module, trained).items():
                 tensors[f"{layer_name}.{key}"] = (
                     value.detach().cpu().clone(memory_format=torch.contiguous_format)
                 )
@@ -104,7 +106,7 @@ def load_adapter(
     """
     metadata, tensors = _read(Path(path))
     config, wanted = _described(metadata, path)
-    plan = planned(model, config, name)
+    plan = planned(model, config, name, from_file=True)
     base = fingerprint(model)
     _check_base(base, wanted, plan, path)
     fill(plan, tensors, path)
@@ -181,6 +183,7 @@ def fill(
     wanted: dict[str, Any] = {}
     for layer_name, placement in plan.items():
         if placement.adapter is not None:
+            _make_room(layer_name, placement, tensors, path)
             for key, value in placement.adapter.state_dict(keep_vars=True).items():
                 wanted[f"{layer_name}.{key}"] = value
     if wanted.keys() != tensors.keys():
@@ -201,3 +204,18 @@ def fill(
             )
     for name, value in tensors.items():
         wanted[name].data = value.to(wanted[name].device)
+
+
+def _make_room(
+    layer_name: str,
+    placement: Placement,
+    tensors: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+) -> None:
+    own = {key: value for key, value in tensors.items() if key.startswith(f"{layer_name}.")}
+    own = {key.removeprefix(f"{layer_name}."): value for key, value in own.items()}
+    assert placement.adapter is not None
+    try:
+        placement.layer.make_room(placement.adapter, own)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"path: {path} doesn't fit the model: {layer_name}, {error}") from None

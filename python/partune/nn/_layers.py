@@ -73,6 +73,29 @@ class AdaptedLayer(nn.Module):
         """The output of rows that have this adapter, given the plain layer's."""
         raise NotImplementedError
 
+    def entered(self) -> None:
+        """Take over: what follows when the layer has been activated."""
+
+    def left(self) -> None:
+        """Give over: what precedes when the layer is given its own class back."""
+
+    def settle(self) -> None:
+        """Let what is in the weight stay there when the layer is left, as it was merged."""
+
+    @classmethod
+    def file_tensors(cls, module: nn.Module, adapter: nn.Module) -> dict[str, Tensor]:
+        """What a file keeps of a module's adapter."""
+        tensors: dict[str, Tensor] = adapter.state_dict()
+        return tensors
+
+    @classmethod
+    def make_room(cls, adapter: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        """Make an adapter of the sizes of a file's tensors, where its config leaves them open.
+
+        Raises:
+            TypeError, ValueError: tensors that can't be the adapter's.
+        """
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles name the two classes that a made one is made of."""
         swapped = type(self)
@@ -133,11 +156,14 @@ def take_adapter(module: nn.Module, layer: type[AdaptedLayer], name: str) -> Non
 def activate(module: nn.Module, layer: type[AdaptedLayer], name: str) -> None:
     module.active_adapter = name  # type: ignore[assignment]
     module.__class__ = swapped_class(type(module), layer)
+    assert isinstance(module, AdaptedLayer)
+    module.entered()
 
 
 def deactivate(module: nn.Module) -> None:
     """Give the module its own class back."""
     assert isinstance(module, AdaptedLayer)
+    module.left()
     module.__dict__.pop("active_adapter", None)
     module.__class__ = module.original_class  # type: ignore[assignment]
 

@@ -73,7 +73,8 @@ def merge(
         name: of the adapter, the only one attached; None: that one.
         keep: for `unmerge`, outside of the state_dict: "original", the weights as they were, which
             come back bit for bit; "adapter", the adapter alone, which takes next to no memory and
-            is subtracted again, exact but for rounding; None: nothing.
+            is subtracted again, exact but for rounding (a SparseConfig's: bit for bit); None:
+            nothing.
 
     Raises:
         ValueError: no adapter or several; a shift where no bias can be (RMSNorm, a layer whose bias
@@ -106,7 +107,7 @@ def merge(
         for layer_name, layer in adapter.layers.items()
         if layer.children_name
     }
-    refuse_shared(model, merged)
+    refuse_shared(model, [name for name, parameters in merged.items() if parameters])
     created = _created(model, merged)
     flags, zeros = expressed(model, created) if created else ((), [])
     layers = len(merged)
@@ -116,6 +117,8 @@ def merge(
         merged.setdefault(layer_name, {})["bias"] = torch.zeros(size)
     kept = None if keep is None else _kept(model, name, adapter, merged, flags, keep)
     before = None if batch is None else _outputs(model, batch)
+    for layer_name in merged:
+        _layer(model, layer_name).settle()
     detach(model)
     for layer_name, parameters in merged.items():
         write(model.get_submodule(layer_name), parameters)
@@ -208,11 +211,15 @@ def _kept(
     return Merged(name, adapter.config, plan, overwritten, flags)
 
 
-def _merged(model: nn.Module, name: str) -> dict[str, Tensor]:
+def _layer(model: nn.Module, name: str) -> AdaptedLayer:
     layer = model.get_submodule(name)
     assert isinstance(layer, AdaptedLayer)
+    return layer
+
+
+def _merged(model: nn.Module, name: str) -> dict[str, Tensor]:
     try:
-        return layer.merged()
+        return _layer(model, name).merged()
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 

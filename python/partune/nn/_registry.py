@@ -35,6 +35,10 @@ class AdapterConfig:
     def plan(self, model: nn.Module) -> Mapping[str, Placement]:
         raise NotImplementedError
 
+    def plan_to_fill(self, model: nn.Module) -> Mapping[str, Placement]:
+        """The plan for an adapter whose tensors will come from a file."""
+        return self.plan(model)
+
     def to_dict(self) -> dict[str, Any]:
         """The options as JSON holds them, so that `from_dict` gives the same plan."""
         raise NotImplementedError
@@ -109,11 +113,12 @@ def attach(model: nn.Module, config: AdapterConfig, *, name: str = "default") ->
 
     The layers that the config chooses get subclasses of their own classes and keep their names and
     parameters, so the base's state_dict keys stay as they are. What is added has keys of its own,
-    `<layer>.scale_shift.<name>.scale` or `<layer>.block_lora.<name>.down`.
+    `<layer>.scale_shift.<name>.scale`, `<layer>.block_lora.<name>.down`,
+    `<layer>.sparse.<name>.values`.
 
     Args:
         model: any module; its weights have to be loaded, for the fingerprint of the base is taken.
-        config: a `ScaleShiftConfig` or a `BlockLoRAConfig`.
+        config: a `ScaleShiftConfig`, a `BlockLoRAConfig` or a `SparseConfig`.
         name: under which `set_adapter`, `detach`, `merge` and `save_adapter` find it.
 
     Returns:
@@ -136,7 +141,9 @@ def attach(model: nn.Module, config: AdapterConfig, *, name: str = "default") ->
     return model
 
 
-def planned(model: nn.Module, config: AdapterConfig, name: str) -> Mapping[str, Placement]:
+def planned(
+    model: nn.Module, config: AdapterConfig, name: str, *, from_file: bool = False
+) -> Mapping[str, Placement]:
     """The config's plan for the model, which stays untouched; errors say what can't be."""
     if not isinstance(config, AdapterConfig):
         raise TypeError(f"config: got {type(config).__name__}, want one like BlockLoRAConfig()")
@@ -156,7 +163,7 @@ def planned(model: nn.Module, config: AdapterConfig, name: str) -> Mapping[str, 
     try:
         if registry is not None:
             _deactivate(model, registry)  # the plan is made on the base's own classes
-        return config.plan(model)
+        return config.plan_to_fill(model) if from_file else config.plan(model)
     finally:
         if active is not None:
             set_adapter(model, active)

@@ -18,6 +18,7 @@ from partune.ops.scale_shift_norm import (
 )
 from partune.ops.select import random_scores, threshold_csr, topk_csr, topk_csr_factors
 from partune.ops.sparse_adamw import found_inf_, remap_, sparse_adamw_
+from partune.ops.sparse_linear import sparse_linear
 
 __all__ = [
     "block_lora",
@@ -42,6 +43,7 @@ __all__ = [
     "scale_shift_",
     "scale_shift_backward",
     "sparse_adamw_",
+    "sparse_linear",
     "threshold_csr",
     "topk_csr",
     "topk_csr_factors",

@@ -54,15 +54,15 @@ def validate_csr(crow_indices: Tensor, col_indices: Tensor, rows: int, columns: 
         )
 
 
-def row_indices(crow_indices: Tensor) -> Tensor:
-    """The row of every entry, int64 [nnz]."""
+def row_indices(crow_indices: Tensor, nnz: int | None = None) -> Tensor:
+    """The row of every entry, int64 [nnz]; given nnz, without waiting for a device."""
     rows = torch.arange(crow_indices.numel() - 1, device=crow_indices.device)
-    return rows.repeat_interleave(crow_indices.diff())
+    return rows.repeat_interleave(crow_indices.diff(), output_size=nnz)
 
 
 def flat_indices(crow_indices: Tensor, col_indices: Tensor, columns: int) -> Tensor:
     """row·columns + column of every entry, int64 [nnz], ascending."""
-    return row_indices(crow_indices) * columns + col_indices
+    return row_indices(crow_indices, col_indices.numel()) * columns + col_indices
 
 
 def csr_from_flat(flat: Tensor, rows: int, columns: int) -> Csr:
@@ -89,7 +89,19 @@ def mask_from_csr(crow_indices: Tensor, col_indices: Tensor, columns: int) -> Te
 
 def gather(matrix: Tensor, crow_indices: Tensor, col_indices: Tensor) -> Tensor:
     """The selected entries [nnz] of a matrix [rows, columns]."""
-    return matrix[row_indices(crow_indices), col_indices.to(torch.int64)]
+    rows = row_indices(crow_indices, col_indices.numel())
+    return matrix[rows, col_indices.to(torch.int64)]
+
+
+def scatter_(matrix: Tensor, crow_indices: Tensor, col_indices: Tensor, values: Tensor) -> None:
+    """Write values [nnz] into the selected entries of a matrix, rounded to its dtype."""
+    flat = flat_indices(crow_indices, col_indices, matrix.shape[1])
+    values = values.detach().to(matrix.dtype)
+    if matrix.is_contiguous():
+        matrix.view(-1).scatter_(0, flat, values)
+    else:
+        rows = row_indices(crow_indices, col_indices.numel())
+        matrix[rows, col_indices.to(torch.int64)] = values
 
 
 def stack_csr(slices: Sequence[Csr]) -> Csr:

@@ -15,7 +15,6 @@ from torch import Tensor
 from partune.ops import _checks as check
 from partune.ops.csr import validate_csr
 from partune.optim._options import (
-    Layout,
     check_options,
     check_parameters,
     is_selected,
@@ -24,6 +23,7 @@ from partune.optim._options import (
     named_parameters,
 )
 from partune.selection import Selection
+from partune.selection.budget import Layout
 from partune.selection.half.live import LiveHalf
 from partune.selection.protocol import describe
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,54 +12,10 @@ from torch import Tensor
 from partune.ops._checks import COLUMN_LIMIT, FLOATING, one_of, without_gaps
 from partune.ops._sparse_adamw_checks import EPS_MODES
 from partune.selection import Selection
+from partune.selection.budget import Layout, check_budget
 
 _COMPACT_LIMIT = 2 / 3  # 12 bytes per selected entry against AdamW's 8 per entry
 _UNSUPPORTED = ("amsgrad", "foreach", "capturable", "differentiable", "fused")
-
-
-class DefaultDensity(float):
-    """The density of who named none, told apart from the same number when named."""
-
-
-DEFAULT_DENSITY = DefaultDensity(0.05)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A parameter as the matrices that are selected from: `slices` of [rows, columns]."""
-
-    slices: int
-    rows: int
-    columns: int
-
-    @classmethod
-    def of(cls, parameter: Tensor) -> Layout:
-        """Two dimensions: a matrix; three: stacked experts; more: a convolution, (out, rest)."""
-        shape = tuple(parameter.shape)
-        if len(shape) == 3:
-            return cls(*shape)
-        return cls(1, shape[0], math.prod(shape[1:]))
-
-    @property
-    def entries(self) -> int:
-        return self.rows * self.columns
-
-    def matrices(self, value: Tensor) -> tuple[Tensor, ...]:
-        """The slices of a parameter or of its gradient."""
-        value = value.detach()
-        if value.dim() == 2:
-            return (value,)
-        return value.reshape(self.slices, self.rows, self.columns).unbind()
-
-    def matrix(self, value: Tensor) -> Tensor:
-        """All slices below one another."""
-        return value if value.dim() == 2 else value.reshape(-1, self.columns)
-
-    def selected_per_slice(self, group: Mapping[str, Any]) -> int:
-        """k: floor(density·rows·columns), or what a LoRA of rank `budget_rank` has, at most all."""
-        if group["budget_rank"] is not None:
-            return min((self.rows + self.columns) * int(group["budget_rank"]), self.entries)
-        return math.floor(float(group["density"]) * self.entries)
 
 
 def is_selected(parameter: Tensor, group: Mapping[str, Any]) -> bool:
@@ -77,19 +31,6 @@ def keeps_master(parameter: Tensor, group: Mapping[str, Any]) -> bool:
 def moment_dtype(parameter: Tensor, group: Mapping[str, Any]) -> torch.dtype:
     wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
     return group["state_dtype"] or wide
-
-
-def settle_budget(group: dict[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Leave exactly one of density and budget_rank set, the group's own before the defaults."""
-    density, budget_rank = group.get("density"), group.get("budget_rank")
-    if density is None and budget_rank is None:
-        density, budget_rank = defaults["density"], defaults["budget_rank"]
-    if budget_rank is not None and density is not None and not isinstance(density, DefaultDensity):
-        raise ValueError(
-            f"density, budget_rank: got both ({density} and {budget_rank}), want one of them"
-        )
-    group["density"] = None if budget_rank is not None or density is None else float(density)
-    group["budget_rank"] = budget_rank
 
 
 def check_options(group: Mapping[str, Any]) -> None:
@@ -125,18 +66,10 @@ def _check_selection(group: Mapping[str, Any]) -> None:
             f"selection: got {selection!r}, want None or an object with init, observe_ and "
             "propose, for example partune.selection.PrincipalWeights(rank=128)"
         )
-    _check_budget(group["density"], group["budget_rank"])
+    check_budget(group["density"], group["budget_rank"])
     interval = group["refresh_interval"]
     if interval is not None and (not isinstance(interval, int) or interval < 0):
         raise ValueError(f"refresh_interval: got {interval!r}, want steps, or None for never")
-
-
-def _check_budget(density: float | None, budget_rank: int | None) -> None:
-    if budget_rank is None:
-        if density is None or not 0.0 < density <= 1.0:
-            raise ValueError(f"density: got {density}, want 0 < density <= 1")
-    elif not isinstance(budget_rank, int) or isinstance(budget_rank, bool) or budget_rank < 1:
-        raise ValueError(f"budget_rank: got {budget_rank!r}, want an int of at least 1")
 
 
 def check_parameters(group: Mapping[str, Any], explicit: bool) -> None:

@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from partune import ops
-from partune.ops.csr import gather, stack_csr
-from partune.optim._options import Layout, keeps_master, moment_dtype
-from partune.selection import Selection, topk_csr
+from partune.ops.csr import gather
+from partune.optim._options import keeps_master, moment_dtype
+from partune.selection import Selection
+from partune.selection.budget import Layout
+from partune.selection.choice import Choice
 from partune.selection.half.live import LiveHalf
 from partune.selection.protocol import State
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What a selection chose, not yet in force."""
-
-    crow_indices: Tensor
-    col_indices: Tensor
-    selection_state: list[State]
 
 
 def selection_states(state: Mapping[str, Any]) -> list[State]:
@@ -37,50 +29,12 @@ def current_step(state: Mapping[str, Any]) -> int:
     return int(selection_states(state)[0]["step"]) if "selection" in state else 0
 
 
-def initial_states(
-    selection: Selection, parameter: Tensor, layout: Layout, parameter_id: int
-) -> list[State]:
-    """The selection's own state before the first step; slices count as matrices of their own."""
-    return [
-        {**selection.init(matrix), "parameter_id": parameter_id + i, "step": 0}
-        for i, matrix in enumerate(layout.matrices(parameter))
-    ]
-
-
 def observe_(
     selection: Selection, parameter: Tensor, grad: Tensor, layout: Layout, states: list[State]
 ) -> None:
     pairs = zip(layout.matrices(parameter), layout.matrices(grad), strict=True)
     for (matrix, slice_grad), state in zip(pairs, states, strict=True):
         selection.observe_(matrix, slice_grad, state)
-
-
-def choose(
-    selection: Selection,
-    parameter: Tensor,
-    grad: Tensor | None,
-    layout: Layout,
-    states: list[State],
-    k: int,
-) -> Choice:
-    """Select k entries of every slice.
-
-    Raises:
-        ValueError: a proposal of another shape than the matrix.
-    """
-    matrices = layout.matrices(parameter)
-    slice_grads = layout.matrices(grad) if grad is not None else (None,) * layout.slices
-    chosen = []
-    for matrix, slice_grad, state in zip(matrices, slice_grads, states, strict=True):
-        proposal = selection.propose(matrix, slice_grad, state)
-        shape = getattr(proposal, "shape", matrix.shape)
-        if tuple(shape) != tuple(matrix.shape):
-            raise ValueError(
-                f"{type(selection).__name__} proposed scores of shape {tuple(shape)} for a matrix "
-                f"of {tuple(matrix.shape)}"
-            )
-        chosen.append(topk_csr(proposal, k))
-    return Choice(*stack_csr(chosen), states)
 
 
 def install(

@@ -13,18 +13,17 @@ from torch import Tensor
 from partune import ops
 from partune.ops.csr import Csr
 from partune.optim._functional import StepOptions, half_adamw, sparse_adamw
-from partune.optim._options import Layout, is_selected, named_parameters
+from partune.optim._options import is_selected, named_parameters
 from partune.optim._refresh import (
-    Choice,
-    choose,
     current_step,
     dense_state,
     half_state,
-    initial_states,
     install,
     observe_,
     selection_states,
 )
+from partune.selection.budget import Layout
+from partune.selection.choice import Choice, choose, initial_states
 from partune.selection.half.live import LiveHalf
 from partune.selection.protocol import State, observes
 

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from partune.optim._options import DEFAULT_DENSITY
 from partune.optim.sparse_adamw import SparseAdamW
 from partune.selection import PrincipalWeights
+from partune.selection.budget import DEFAULT_DENSITY
 
 # Attention and MLP matrices by the names that models give them; matched as suffixes.
 DEFAULT_TARGETS = (

@@ -13,16 +13,14 @@ from partune.ops.csr import mask_from_csr
 from partune.optim import _update as update_
 from partune.optim._checkpoint import plain_selections, restore
 from partune.optim._options import (
-    DEFAULT_DENSITY,
-    Layout,
     check_options,
     check_parameters,
     is_selected,
-    settle_budget,
     warn_about_budget,
 )
 from partune.optim._report import Report, report
 from partune.selection import Selection
+from partune.selection.budget import DEFAULT_DENSITY, Layout, settle_budget
 
 
 class SparseAdamW(Optimizer):

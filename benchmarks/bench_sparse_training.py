@@ -1,0 +1,162 @@
+"""A training step of sparse layers beside full fine-tuning, peft's LoRA and peft's SHiRA.
+
+All linear layers of the decoder, 5 %, selected anew every 200 steps. Weights are random: times
+don't depend on them.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import multiprocessing
+import statistics
+import time
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from conftest import Comparison
+from partune import _native
+from partune.nn import SparseConfig, attach, refresh
+from partune.nn._sparse_layers import SparseLayer
+
+SHARE_OF_BAR = {"avx512": 1.0, "avx2": 0.5, "baseline": 0.0}[_native.require().cpu_isa()]
+WIDE = {
+    "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9,
+    "num_key_value_heads": 3, "tie_word_embeddings": True,
+}  # fmt: skip
+# By model: its config, and the tokens of a step.
+MODELS = {
+    "llama_47m": ({**WIDE, "num_hidden_layers": 12, "vocab_size": 8192}, (4, 256)),
+    "smollm2_135m": ({**WIDE, "num_hidden_layers": 30, "vocab_size": 49152}, (4, 128)),
+}
+# A step of ours takes at most these shares of the others'.
+BARS = {"full": 0.73, "lora": 0.95, "shira": 0.73}
+PARTS = ("forward", "backward", "optimizer")
+DENSITY, INTERVAL = 0.05, 200
+
+
+def lora_config() -> peft.LoraConfig:
+    return peft.LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def shira_config(model: LlamaForCausalLM) -> peft.ShiraConfig:
+    """As many entries as ours selects, in SHiRA's unit: rank·(rows + columns) of each matrix."""
+    shapes = [m.weight.shape for m in model.model.modules() if isinstance(m, nn.Linear)]
+    selected = sum(math.floor(DENSITY * math.prod(shape)) for shape in shapes)
+    rank = selected // sum(sum(shape) for shape in shapes)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    return peft.ShiraConfig(r=rank, target_modules=targets, random_seed=0, task_type="CAUSAL_LM")
+
+
+class Training:
+    """A model and its optimizer; a call is one step and its parts are timed."""
+
+    def __init__(self, name: str, way: str) -> None:
+        sizes, shape = MODELS[name]
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**sizes))
+        self.own_memory = resident("VmRSS")
+        if way == "ours":
+            model = attach(model, SparseConfig(density=DENSITY))
+        elif way != "full":
+            config = lora_config() if way == "lora" else shira_config(model)
+            model = peft.get_peft_model(model, config)
+        self.model = model.train()
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        self.trained = sum(p.numel() for p in parameters)
+        self.optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
+        self.tokens = torch.randint(0, sizes["vocab_size"], shape)
+        self.times: dict[str, list[float]] = {part: [] for part in PARTS}
+
+    def __call__(self) -> None:
+        start = time.perf_counter()
+        loss = self.model(input_ids=self.tokens, labels=self.tokens).loss
+        self._lap("forward", start)
+        start = time.perf_counter()
+        loss.backward()
+        self._lap("backward", start)
+        start = time.perf_counter()
+        self.optimizer.step()
+        self._lap("optimizer", start)
+        self.optimizer.zero_grad()
+
+    def _lap(self, part: str, start: float) -> None:
+        self.times[part].append(1e3 * (time.perf_counter() - start))
+
+    def median(self, part: str) -> float:
+        return statistics.median(self.times[part][1:])
+
+    def refresh(self) -> float:
+        """Milliseconds."""
+        start = time.perf_counter()
+        refresh(self.model, self.optimizer)
+        return 1e3 * (time.perf_counter() - start)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_training_step(report, note, name: str) -> None:
+    trainings = {way: Training(name, way) for way in ("ours", *BARS)}
+    comparison = Comparison(trainings, rounds=4)
+    refreshing = trainings["ours"].refresh() / INTERVAL
+    comparison.median["ours"] += refreshing
+    ours = comparison.median["ours"]
+    for way, bar in BARS.items():
+        ratio = ours / comparison.median[way]
+        note(
+            f"{name}: a step takes {ratio:.3f} of {way}'s (bar {bar}), which trains "
+            f"{trainings[way].trained:,d} parameters and ours {trainings['ours'].trained:,d}"
+        )
+    for way, training in trainings.items():
+        parts = ", ".join(f"{part} {training.median(part):.0f} ms" for part in PARTS)
+        extra = f", refresh {refreshing:.1f} ms a step" if way == "ours" else ""
+        note(f"  {way}: {parts}{extra}")
+    report(comparison, {way: SHARE_OF_BAR / bar for way, bar in BARS.items()}, rounds=1)
+
+
+# ---- memory ----
+
+
+def resident(field: str) -> int:
+    """Bytes of this process in memory (VmRSS), or the most there have been (VmHWM)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return 1024 * int(line.split()[1])
+    raise LookupError(field)
+
+
+def peak_of(name: str, way: str) -> int:
+    """Peak memory of three steps above the model's own, in a process that did nothing before."""
+    training = Training(name, way)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    for _ in range(3):
+        training()
+    return resident("VmHWM") - training.own_memory
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_peak_memory(note, name: str) -> None:
+    peaks = {}
+    for way in ("ours", "lora"):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            peaks[way] = pool.apply(peak_of, (name, way)) / 2**20
+    note(
+        f"{name}: peak above the model's own memory {peaks['ours']:.0f} MiB, "
+        f"LoRA's {peaks['lora']:.0f} MiB"
+    )
+    assert peaks["ours"] <= peaks["lora"]
+
+
+def test_every_layer_is_sparse(note) -> None:
+    """Ours, LoRA and SHiRA are in the same layers, and the head is in none."""
+    sizes, _ = MODELS["llama_47m"]
+    model = attach(LlamaForCausalLM(LlamaConfig(**sizes)), SparseConfig(density=DENSITY))
+    assert sum(isinstance(module, SparseLayer) for module in model.modules()) == 7 * 12
+    lora = peft.get_peft_model(LlamaForCausalLM(LlamaConfig(**sizes)), lora_config())
+    adapted = [m for m in lora.modules() if isinstance(m, peft.tuners.lora.Linear)]
+    assert len(adapted) == 7 * 12

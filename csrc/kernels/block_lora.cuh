@@ -36,9 +36,20 @@ class LoraDraws {
     step_ = uint32_t(*matrix.step);
   }
 
-  PARTUNE_MEMBER bool drops() const { return dropout_.dropped != 0; }
+  // Which of the `count` elements from `first` on are kept, as bits; the counters are drawn in a loop, which
+  // keeps the generator's code in one place.
+  PARTUNE_MEMBER uint32_t kept(int64_t first, int count) {
+    if (dropout_.dropped == 0) return ~0u;
+    uint32_t bits = 0;
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) bits |= uint32_t(is_kept(first + i)) << i;
+    return bits;
+  }
 
-  PARTUNE_MEMBER Real factor(int64_t index) {
+  PARTUNE_MEMBER Real factor(uint32_t bits, int i) const { return bits >> i & 1u ? scale_ : Real(0); }
+
+ private:
+  PARTUNE_MEMBER bool is_kept(int64_t index) {
     const uint64_t counter = uint64_t(index) / kDrawsPerCounter;
     if (counter != counter_) drawn_ = philox(counter, step_, dropout_.layer_id, key_);
     counter_ = counter;
@@ -46,10 +57,9 @@ class LoraDraws {
     const uint32_t low = draw & 2 ? drawn_.word[1] : drawn_.word[0];
     const uint32_t high = draw & 2 ? drawn_.word[3] : drawn_.word[2];
     const uint32_t word = draw & 4 ? high : low;
-    return (draw & 1 ? word >> 16 : word & 0xffffu) >= dropout_.dropped ? scale_ : Real(0);
+    return (draw & 1 ? word >> 16 : word & 0xffffu) >= dropout_.dropped;
   }
 
- private:
   const BlockLoraDropout dropout_;
   const Real scale_;
   PhiloxKey key_ = {};
@@ -72,12 +82,9 @@ PARTUNE_FN void read_lora_pack(const LoraMatrix& x, LoraDraws<Real>& draws, int6
       const int64_t first = (token * x.chunks + chunk) * x.width + column;
       const Stored* from = static_cast<const Stored*>(x.data) + first;
       const WidePack<Stored> pack = load_wide(from, count, is_wide_aligned(from));
+      const uint32_t kept = draws.kept(first, count < kPack ? int(count) : kPack);
       PARTUNE_UNROLL
-      for (int i = 0; i < kPack; ++i) {
-        Real value = widen(pack.at[i]);
-        if (draws.drops() && i < count) value = multiply(value, draws.factor(first + i));
-        values[i] += value;
-      }
+      for (int i = 0; i < kPack; ++i) values[i] += multiply(widen(pack.at[i]), draws.factor(kept, i));
     }
   }
 }
@@ -220,10 +227,10 @@ PARTUNE_FN void write_lora_pack(const LoraWrite<Real>& task, LoraDraws<Real>& dr
       const bool aligned = is_wide_aligned(to);
       WidePack<Stored> pack = {};
       if (task.add) pack = load_wide<Stored>(to, count, aligned);
+      const uint32_t kept = draws.kept(first, count < kPack ? int(count) : kPack);
       PARTUNE_UNROLL
       for (int i = 0; i < kPack; ++i) {
-        Real value = sums[i];
-        if (draws.drops() && i < count) value = multiply(value, draws.factor(first + i));
+        Real value = multiply(sums[i], draws.factor(kept, i));
         if (task.add) value += widen(pack.at[i]);
         round_nearest(value, pack.at[i]);
       }

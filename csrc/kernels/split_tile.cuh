@@ -64,17 +64,19 @@ PARTUNE_FN void load_right_across(const SplitTile<kRows, kColumns>& tile, int ro
 PARTUNE_FN void multiply_by_shuffles(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   const int lane = int(threadIdx.x % 32), row = lane / 4 * 4, column = lane % 4 * 8;
   PARTUNE_UNROLL
-  for (int pair = 0; pair < 8; ++pair) {
-    const int half = pair / 4, from = pair % 4;
-    const uint32_t rows[2] = {__shfl_sync(0xffffffffu, half ? a[2] : a[0], row + from),
-                              __shfl_sync(0xffffffffu, half ? a[3] : a[1], row + from)};
-    const uint32_t columns[2] = {__shfl_sync(0xffffffffu, b[half], column + from),
-                                 __shfl_sync(0xffffffffu, b[half], column + 4 + from)};
-    PARTUNE_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t left = rows[i / 2], right = columns[i % 2];
-      d[i] = multiply_add(float_from_bits(left << 16), float_from_bits(right << 16), d[i]);
-      d[i] = multiply_add(float_from_bits(left & 0xffff0000u), float_from_bits(right & 0xffff0000u), d[i]);
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll 1
+    for (int from = 0; from < 4; ++from) {
+      const uint32_t rows[2] = {__shfl_sync(0xffffffffu, a[half * 2], row + from),
+                                __shfl_sync(0xffffffffu, a[half * 2 + 1], row + from)};
+      const uint32_t columns[2] = {__shfl_sync(0xffffffffu, b[half], column + from),
+                                   __shfl_sync(0xffffffffu, b[half], column + 4 + from)};
+      PARTUNE_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t left = rows[i / 2], right = columns[i % 2];
+        d[i] = multiply_add(float_from_bits(left << 16), float_from_bits(right << 16), d[i]);
+        d[i] = multiply_add(float_from_bits(left & 0xffff0000u), float_from_bits(right & 0xffff0000u), d[i]);
+      }
     }
   }
 }

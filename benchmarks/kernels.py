@@ -173,14 +173,14 @@ WIDTH = N // LORA_BLOCKS
 
 def lora_products(columns: int) -> int:
     """A float32 number per token, rank and tile of columns, written and read; then hidden."""
-    tiles = columns // cuda_constant("kernels/block_lora.cuh", "kLoraTileColumns")
+    tiles = columns // cuda_constant("kernels/thin_products.cuh", "kLoraTileColumns")
     return (2 * tiles + 1) * 4 * N * LORA_RANK
 
 
 def lora_sums(columns: int) -> int:
     """Of each block of tokens a float32 number per rank and column, written and read."""
-    tile = cuda_constant("kernels/block_lora.cuh", "kLoraTileTokens")
-    tiles = columns // cuda_constant("kernels/block_lora.cuh", "kLoraTileColumns")
+    tile = cuda_constant("kernels/thin_products.cuh", "kLoraTileTokens")
+    tiles = columns // cuda_constant("kernels/thin_products.cuh", "kLoraTileColumns")
     fill = cuda_constant("cuda/block_lora.cuh", "kLoraBlocks")
     blocks = N // (min(max(N * tiles // (fill * tile), 1), 8) * tile)
     return 2 * blocks * 4 * columns * LORA_RANK

@@ -235,10 +235,21 @@ def test_autocast(compiled: bool) -> None:
 
 def test_in_place_overwrites_the_bases() -> None:
     layers, x = group("input"), tokens()
-    bases = [base.detach() for base in layers.frozen(x)]
+    bases = [base.detach().clone() for base in layers.frozen(x)]
     outputs = ops.block_lora(x, bases, layers.downs, layers.ups, scales=SCALES, inplace=True)
     assert all(a is b for a, b in zip(outputs, bases, strict=True))
-    torch.testing.assert_close([o.detach() for o in outputs], layers.step(layers.plain, x)[:2])
+    expected = layers.step(layers.plain, x)[:2]
+    torch.testing.assert_close([o.detach() for o in outputs], expected)
+    views = [base.view(10, -1) * 1 for base in layers.frozen(x)]
+    views = [view.view(2, 5, -1) for view in views]
+    outputs = ops.block_lora(x, views, layers.downs, layers.ups, scales=SCALES, inplace=True)
+    assert not any(a is b for a, b in zip(outputs, views, strict=True)), "autograd can't follow"
+    torch.testing.assert_close([o.detach() for o in outputs], expected)
+    (alone,) = ops.block_lora(
+        x, views[:1], layers.downs[:1], layers.ups[:1], scales=SCALES[:1], inplace=True
+    )
+    assert alone is views[0]
+    torch.testing.assert_close(alone.detach(), expected[0])
     kept = [base.detach() for base in layers.frozen(x)]
     before = [base.clone() for base in kept]
     ops.block_lora(x, kept, layers.downs, layers.ups, scales=SCALES)
@@ -246,7 +257,7 @@ def test_in_place_overwrites_the_bases() -> None:
 
 
 def test_a_backward_made_stale_raises() -> None:
-    layers, x = group("input"), tokens() * 1
+    layers, x = group("input"), tokens().requires_grad_()
     for change in (x, layers.weights[0], layers.downs[0], layers.ups[1]):
         loss = sum(output.sum() for output in layers.linear(x))
         with torch.no_grad():
@@ -255,8 +266,8 @@ def test_a_backward_made_stale_raises() -> None:
             loss.backward()
     hidden = layers.downs[0].sum() * torch.ones(10, 7, dtype=torch.float64)
     squared = hidden.square()  # whose backward needs what is overwritten
-    ops.block_lora(x.view(10, 12), [hidden], layers.downs[:1], layers.ups[:1], scales=[1.0],
-                   inplace=True)  # fmt: skip
+    adapter = layers.downs[:1], layers.ups[:1]
+    ops.block_lora(x.detach().view(10, 12), [hidden], *adapter, scales=[1.0], inplace=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         squared.sum().backward()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +25,16 @@ from partune.ops._block_lora_reference import dropout_factors
 from partune.ops._contract import OPS
 
 MEDIUM = (65, 34, [(67, 18), (4, 3)], 2) if cuda_emulator.MODE == "tsan" else SHAPES[6]
+SMALL = (7, 12, [(7, 4), (4, 6)], 3)
 on_cpu_and_gpu = pytest.mark.parametrize("backend", ["cpu", GPU], indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def emulated_gpu(backend: Backend) -> Iterator[None]:
+    """One whose tensor cores know bfloat16."""
+    emulated = backend.name == "cuda-emulated"
+    with cuda_emulator.arch(80) if emulated else contextlib.nullcontext():
+        yield
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -40,8 +51,16 @@ def test_block_lora(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("share", SHARES)
 def test_dropout(ops: Any, device: torch.device, share: str, dtype: torch.dtype) -> None:
-    for shape in (SHAPES[3], SHAPES[4], MEDIUM):
+    for shape in (SMALL, (1, 1, [(1, 1)], 1), MEDIUM):
         tested = case(shape, dtype, share=share, dropout=0.3, device=device)
+        check_backward(ops, tested, check_forward(ops, tested))
+
+
+@pytest.mark.parametrize("backend", ["cuda-emulated"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_without_tensor_cores_for_bfloat16(ops: Any, dtype: torch.dtype) -> None:
+    tested = case(SMALL, dtype)
+    with cuda_emulator.arch(75):
         check_backward(ops, tested, check_forward(ops, tested))
 
 
@@ -182,20 +201,17 @@ def test_nan_and_infinity_stay_in_their_tokens(ops: Any, device: torch.device) -
 
 @on_cpu_and_gpu
 def test_opcheck(ops: Any, device: torch.device) -> None:
+    opcheck = torch.library.opcheck
     for share in SHARES:
-        tested = case(SHAPES[4], torch.float32, share=share, dropout=0.2, device=device)
-        arguments = tested.outputs, tested.input, tested.downs, tested.ups
-        torch.library.opcheck(ops.block_lora_.default, arguments, tested.options)
+        tested = case(SMALL, torch.float32, share=share, dropout=0.2, device=device)
+        adapters = tested.downs, tested.ups
+        arguments: tuple[Any, ...] = tested.outputs, tested.input, *adapters
+        opcheck(ops.block_lora_.default, arguments, tested.options)
         _, hidden = tested.forward(ops.block_lora_)
-        grads = (
-            [torch.empty_like(d) for d in tested.downs],
-            [torch.empty_like(u) for u in tested.ups],
-        )
-        rest = tested.grads, tested.input, hidden, tested.downs, tested.ups
+        made = [[torch.empty_like(adapter) for adapter in both] for both in adapters]
         for grad_input in (torch.zeros_like(tested.input), None):
-            torch.library.opcheck(
-                ops.block_lora_backward_.default, (grad_input, *grads, *rest), tested.options
-            )
+            arguments = grad_input, *made, tested.grads, tested.input, hidden, *adapters
+            opcheck(ops.block_lora_backward_.default, arguments, tested.options)
 
 
 @pytest.mark.parametrize("name", ["block_lora_", "block_lora_backward_"])

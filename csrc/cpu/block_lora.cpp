@@ -19,7 +19,7 @@ constexpr int64_t kLoraGrain = 16384;
 // Blocks of tokens that leave sums of their own, and how much memory these may take.
 constexpr int64_t kMostBlocks = 32;
 constexpr int64_t kPartialBytes = int64_t{64} << 20;
-constexpr int64_t kLeastBlockTokens = 2 * kLoraTile;
+constexpr int64_t kLeastBlockTokens = int64_t{2} * kLoraTile;
 
 template <typename Body>
 void by_columns(int64_t columns, int64_t rows, const Body& body) {
@@ -57,7 +57,7 @@ class PackedTask {
     task.members = members_.data();
     task.member_count = int64_t(members_.size());
     task.dropout = group.dropout;
-    if (group.dropout.dropped) {
+    if (group.dropout.dropped && a.seed && a.step) {
       const uint64_t seed = uint64_t(integer_value(op, "seed", *a.seed));
       task.key = {uint32_t(seed), uint32_t(seed >> 32)};
       task.step = uint32_t(integer_value(op, "step", *a.step));

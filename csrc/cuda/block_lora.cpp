@@ -73,7 +73,7 @@ class LoraCalls {
     const BlockLoraShape& shape = group_.shape;
     LoraMatrix matrix{const_cast<void*>(data), shape.tokens, shape.chunks, shape.width,
                       group_.dropout,          nullptr,      nullptr};
-    if (group_.dropout.dropped) {
+    if (group_.dropout.dropped && a_.seed && a_.step) {
       matrix.seed = a_.seed->template const_data_ptr<int64_t>();
       matrix.step = a_.step->template const_data_ptr<int64_t>();
     }

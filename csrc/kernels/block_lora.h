@@ -26,10 +26,6 @@ struct BlockLoraShape {
   int64_t ranks;  // of all members
 };
 
-PARTUNE_FN bool is_kept(uint32_t word, int half, const BlockLoraDropout& dropout) {
-  return (half ? word >> 16 : word & 0xffffu) >= dropout.dropped;
-}
-
 // What is kept is scaled by this.
 template <typename Real>
 PARTUNE_FN Real dropout_scale(const BlockLoraDropout& dropout) {

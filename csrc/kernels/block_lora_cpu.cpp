@@ -26,30 +26,50 @@ class DropoutDraws {
       : task_(task), scale_(dropout_scale<Real>(task.dropout)) {}
 
   const Real* draw(int64_t first, int64_t count) {
-    constexpr int kBatch = kWords * kDrawsPerCounter;
     const int64_t begin = first / kDrawsPerCounter, skipped = first % kDrawsPerCounter;
     uint64_t lanes[kWords];
     for (int i = 0; i < kWords; ++i) lanes[i] = uint64_t(begin + i);
     Words index = load_words(lanes);
     for (int64_t done = 0; done < skipped + count; done += kBatch, index = index + uint64_t(kWords)) {
-      const PhiloxWords drawn = philox(index, task_.step, task_.dropout.layer_id, task_.key);
-      uint32_t low[4][kWords];
-      for (int word = 0; word < 4; ++word) store_low_halves(drawn.word[word], low[word]);
-      Real* to = factors_ + done;
-      for (int lane = 0; lane < kWords; ++lane) {
-        for (int draw = 0; draw < kDrawsPerCounter; ++draw) {
-          to[lane * kDrawsPerCounter + draw] =
-              is_kept(low[draw / 2][lane], draw % 2, task_.dropout) ? scale_ : Real(0);
-        }
-      }
+      uint16_t draws[kBatch];
+      draw_batch(index, draws);
+      choose(draws, factors_ + done);
     }
     return factors_ + skipped;
   }
 
  private:
+  static constexpr int kBatch = kWords * kDrawsPerCounter;
+
+  // The halves of the counters' words, in order.
+  void draw_batch(Words index, uint16_t (&draws)[kBatch]) const {
+    const PhiloxWords drawn = philox(index, task_.step, task_.dropout.layer_id, task_.key);
+    const Words low = (drawn.word[0] & 0xffffffffu) | drawn.word[1] << 32;
+    const Words high = (drawn.word[2] & 0xffffffffu) | drawn.word[3] << 32;
+    uint64_t halves[2 * kWords];
+    for (int64_t i = 0; i < kWords; ++i) {
+      halves[2 * i] = low[i];
+      halves[2 * i + 1] = high[i];
+    }
+    __builtin_memcpy(draws, halves, sizeof draws);
+  }
+
+  void choose(const uint16_t (&draws)[kBatch], float* factors) const {
+    const FloatBits kept = (FloatBits)repeat(scale_);
+    for (int i = 0; i < kBatch; i += kLanes<float>) {
+      Halves narrow;
+      __builtin_memcpy(&narrow, draws + i, sizeof narrow);
+      const FloatBits wide = __builtin_convertvector(narrow, FloatBits);
+      store_vector((Vector<float>)(kept & (FloatBits)(wide >= task_.dropout.dropped)), factors + i);
+    }
+  }
+  void choose(const uint16_t (&draws)[kBatch], double* factors) const {
+    for (int i = 0; i < kBatch; ++i) factors[i] = draws[i] >= task_.dropout.dropped ? scale_ : 0.0;
+  }
+
   const BlockLoraTask<Real>& task_;
   const Real scale_;
-  Real factors_[kLoraColumns + 2 * kWords * kDrawsPerCounter];
+  Real factors_[kLoraColumns + 2 * kBatch];
 };
 
 template <typename Stored, typename Real>
@@ -71,7 +91,7 @@ class Tile {
       Stored* output = static_cast<Stored*>(m.output) + first * m.out;
       for (int64_t column = 0; column < m.out; column += kLoraColumns) {
         expand<Stored, Real>({hidden + m.first, shape_.ranks}, tokens, {m.up + column, m.out}, m.rank,
-                             smaller(m.out - column, kLoraColumns), true, {output + column, m.out});
+                             smaller(m.out - column, kLoraColumns), {{output + column, m.out}, 1, 0, true});
       }
     }
   }
@@ -166,12 +186,12 @@ class Tile {
                         const Real* grad_hidden) {
     Stored* out = static_cast<Stored*>(task_.grad_input) + first * shape_.features + column;
     const Rows<const Real> factors{grad_hidden, shape_.ranks}, thin{task_.down + column, shape_.width};
-    if (is_plain()) {
-      expand<Stored, Real>(factors, tokens, thin, shape_.ranks, columns, task_.accumulate,
-                           {out, shape_.features});
+    if (task_.dropout.dropped == 0) {
+      expand<Stored, Real>(factors, tokens, thin, shape_.ranks, columns,
+                           {{out, shape_.features}, shape_.chunks, shape_.width, task_.accumulate});
       return;
     }
-    expand<Real, Real>(factors, tokens, thin, shape_.ranks, columns, false, {kept_[0], kKept});
+    expand<Real, Real>(factors, tokens, thin, shape_.ranks, columns, {{kept_[0], kKept}, 1, 0, false});
     for (int64_t token = 0; token < tokens; ++token) {
       for (int64_t chunk = 0; chunk < shape_.chunks; ++chunk) {
         const int64_t offset = token * shape_.features + chunk * shape_.width;
@@ -184,8 +204,7 @@ class Tile {
   void add_input_grad(const Real* grad, const Real* factors, int64_t columns, Stored* out) const {
     for (int64_t i = 0; i < columns; i += kLanes<Real>) {
       const int64_t count = columns - i;
-      Vector<Real> value = load_vector(grad + i);
-      if (factors) value = value * load_vector(factors + i);
+      Vector<Real> value = load_vector(grad + i) * load_vector(factors + i);
       if (task_.accumulate) value = value + widen_first<Real>(out + i, count);
       round_first<Real>(value, out + i, count);
     }

@@ -77,6 +77,15 @@ __device__ __forceinline__ void cp_async_wait() {
 #endif
 }
 
+// Whether the GPU that this is compiled for has mma_bf16_16x8x16.
+__device__ __forceinline__ constexpr bool has_bf16_mma() {
+#if __CUDA_ARCH__ >= 800
+  return true;
+#else
+  return false;
+#endif
+}
+
 // d = a·b + c by a whole warp, from sm_80: a [16, 16] row-major, b [16, 8] column-major, c and d
 // [16, 8]. With group = lane / 4 and pair = 2·(lane % 4), a lane holds
 //   a: (group, pair..), (group + 8, pair..), (group, pair + 8..), (group + 8, pair + 8..)

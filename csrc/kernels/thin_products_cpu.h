@@ -49,9 +49,16 @@ PARTUNE_FN void round_vector(Vector<double> v, double* to) { store_vector(v, to)
 
 PARTUNE_FN void round_vector(Vector<float> v, BFloat16* to) {
   const FloatBits bits = (FloatBits)v;
-  const FloatBits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const FloatBits nan = (FloatBits)((bits & 0x7fffffffu) > 0x7f800000u);
-  const Halves out = __builtin_convertvector((nan & (bits >> 16 | 0x40u)) | (~nan & rounded), Halves);
+  FloatBits rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+#if defined(__AVX512F__)
+  const __mmask16 nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+  rounded =
+      (FloatBits)_mm512_mask_or_epi32((__m512i)rounded, nan, (__m512i)bits, _mm512_set1_epi32(0x400000));
+#else
+  const FloatBits nan = (FloatBits)(v != v);
+  rounded = (nan & (bits | 0x400000u)) | (~nan & rounded);
+#endif
+  const Halves out = __builtin_convertvector(rounded >> 16, Halves);
   __builtin_memcpy(to, &out, sizeof out);
 }
 
@@ -155,7 +162,7 @@ PARTUNE_FN void in_runs(int64_t count, const Body& body, int64_t begin = 0) {
 template <int kTokens, int kRanks, typename Real>
 PARTUNE_FN void project_block(Rows<const Real> x, Rows<const Real> thin, int64_t columns,
                               Rows<Real> products) {
-  constexpr int kStep = kLanes<Real>;
+  constexpr int64_t kStep = kLanes<Real>;
   Vector<Real> sums[kTokens][kRanks] = {};
   const auto add = [&](int64_t column, int64_t count) __attribute__((always_inline)) {
     Vector<Real> read[kTokens];
@@ -213,10 +220,9 @@ static void project(Rows<const Real> x, int64_t tokens, Rows<const Real> thin, i
 template <int kRanks, int kVectors, typename Real>
 PARTUNE_FN void accumulate_block(Rows<const Real> factors, Rows<const Real> x, int64_t tokens, int64_t last,
                                  Rows<Real> sums) {
-  constexpr int kStep = kLanes<Real>;
+  constexpr int64_t kStep = kLanes<Real>;
   // Of the last vector `last` elements exist.
-  const auto count = [&](int k)
-                         __attribute__((always_inline)) { return k + 1 < kVectors ? int64_t(kStep) : last; };
+  const auto count = [&](int k) __attribute__((always_inline)) { return k + 1 < kVectors ? kStep : last; };
   Vector<Real> kept[kRanks][kVectors];
   PARTUNE_UNROLL
   for (int j = 0; j < kRanks; ++j) {
@@ -249,11 +255,11 @@ struct AccumulateRanks {
   Rows<Real> sums;
   template <int kRanks>
   PARTUNE_MEMBER void run(int64_t rank) const {
-    constexpr int kStep = kLanes<Real>;
+    constexpr int64_t kStep = kLanes<Real>;
     const Rows<const Real> left{factors.at + rank, factors.stride};
     int64_t column = 0;
     for (; column + kAccumulateVectors * kStep <= columns; column += kAccumulateVectors * kStep) {
-      accumulate_block<kRanks, kAccumulateVectors>(left, {x.at + column, x.stride}, tokens, int64_t(kStep),
+      accumulate_block<kRanks, kAccumulateVectors>(left, {x.at + column, x.stride}, tokens, kStep,
                                                    {sums.row(rank) + column, sums.stride});
     }
     for (; column < columns; column += kStep) {
@@ -270,22 +276,25 @@ static void accumulate(Rows<const Real> factors, Rows<const Real> x, int64_t tok
   in_runs<kRankBlock>(ranks, AccumulateRanks<Real>{factors, x, tokens, columns, sums});
 }
 
-// ---- out[token][column] = (add ? out : 0) + Σ factors[token][rank]·thin[rank][column] ----
+// ---- chunk[token][column] = (add ? chunk : 0) + Σ factors[token][rank]·thin[rank][column] ----
+
+// Chunks of a row, which all get the same, lie `step` elements apart.
+template <typename Stored>
+struct Chunks {
+  Rows<Stored> first;
+  int64_t count, step;
+  bool add;
+  PARTUNE_MEMBER Chunks from(int64_t row, int64_t column) const {
+    return {{first.row(row) + column, first.stride}, count, step, add};
+  }
+};
 
 template <int kTokens, int kVectors, typename Stored, typename Real>
-PARTUNE_FN void expand_block(Rows<const Real> factors, Rows<const Real> thin, int64_t ranks, bool add,
-                             int64_t last, Rows<Stored> out) {
-  constexpr int kStep = kLanes<Real>;
-  const auto count = [&](int k)
-                         __attribute__((always_inline)) { return k + 1 < kVectors ? int64_t(kStep) : last; };
-  Vector<Real> kept[kTokens][kVectors] = {};
-  if (add) {
-    PARTUNE_UNROLL
-    for (int i = 0; i < kTokens; ++i) {
-      PARTUNE_UNROLL
-      for (int k = 0; k < kVectors; ++k) kept[i][k] = widen_first<Real>(out.row(i) + k * kStep, count(k));
-    }
-  }
+PARTUNE_FN void expand_block(Rows<const Real> factors, Rows<const Real> thin, int64_t ranks, int64_t last,
+                             const Chunks<Stored>& out) {
+  constexpr int64_t kStep = kLanes<Real>;
+  const auto count = [&](int k) __attribute__((always_inline)) { return k + 1 < kVectors ? kStep : last; };
+  Vector<Real> sums[kTokens][kVectors] = {};
   for (int64_t rank = 0; rank < ranks; ++rank) {
     Vector<Real> read[kVectors];
     PARTUNE_UNROLL
@@ -295,13 +304,20 @@ PARTUNE_FN void expand_block(Rows<const Real> factors, Rows<const Real> thin, in
       Vector<Real> factor = repeat(factors.row(i)[rank]);
       keep_in_register<Real>(factor);
       PARTUNE_UNROLL
-      for (int k = 0; k < kVectors; ++k) kept[i][k] = multiply_add(factor, read[k], kept[i][k]);
+      for (int k = 0; k < kVectors; ++k) sums[i][k] = multiply_add(factor, read[k], sums[i][k]);
     }
   }
-  PARTUNE_UNROLL
-  for (int i = 0; i < kTokens; ++i) {
+  for (int64_t chunk = 0; chunk < out.count; ++chunk) {
     PARTUNE_UNROLL
-    for (int k = 0; k < kVectors; ++k) round_first<Real>(kept[i][k], out.row(i) + k * kStep, count(k));
+    for (int i = 0; i < kTokens; ++i) {
+      PARTUNE_UNROLL
+      for (int k = 0; k < kVectors; ++k) {
+        Stored* to = out.first.row(i) + chunk * out.step + k * kStep;
+        Vector<Real> value = sums[i][k];
+        if (out.add) value = value + widen_first<Real>(to, count(k));
+        round_first<Real>(value, to, count(k));
+      }
+    }
   }
 }
 
@@ -309,29 +325,28 @@ template <typename Stored, typename Real>
 struct ExpandTokens {
   Rows<const Real> factors, thin;
   int64_t ranks, columns;
-  bool add;
-  Rows<Stored> out;
+  Chunks<Stored> out;
   template <int kTokens>
   PARTUNE_MEMBER void run(int64_t token) const {
-    constexpr int kStep = kLanes<Real>;
+    constexpr int64_t kStep = kLanes<Real>;
     const Rows<const Real> left{factors.row(token), factors.stride};
     int64_t column = 0;
     for (; column + kExpandVectors * kStep <= columns; column += kExpandVectors * kStep) {
-      expand_block<kTokens, kExpandVectors>(left, {thin.at + column, thin.stride}, ranks, add, int64_t(kStep),
-                                            Rows<Stored>{out.row(token) + column, out.stride});
+      expand_block<kTokens, kExpandVectors>(left, {thin.at + column, thin.stride}, ranks, kStep,
+                                            out.from(token, column));
     }
     for (; column < columns; column += kStep) {
       const int64_t rest = columns - column;
-      expand_block<kTokens, 1>(left, {thin.at + column, thin.stride}, ranks, add, rest < kStep ? rest : kStep,
-                               Rows<Stored>{out.row(token) + column, out.stride});
+      expand_block<kTokens, 1>(left, {thin.at + column, thin.stride}, ranks, rest < kStep ? rest : kStep,
+                               out.from(token, column));
     }
   }
 };
 
 template <typename Stored, typename Real>
 static void expand(Rows<const Real> factors, int64_t tokens, Rows<const Real> thin, int64_t ranks,
-                   int64_t columns, bool add, Rows<Stored> out) {
-  in_runs<kExpandTokens>(tokens, ExpandTokens<Stored, Real>{factors, thin, ranks, columns, add, out});
+                   int64_t columns, const Chunks<Stored>& out) {
+  in_runs<kExpandTokens>(tokens, ExpandTokens<Stored, Real>{factors, thin, ranks, columns, out});
 }
 
 }  // namespace partune

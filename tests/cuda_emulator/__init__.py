@@ -117,6 +117,16 @@ def order(kind: int, seed: int, fill: int) -> Iterator[None]:
         _control().emulator_set_order(*ORDERS[0])
 
 
+@contextmanager
+def arch(number: int) -> Iterator[None]:
+    """Which GPU is emulated: 75, as a rule, is sm_75."""
+    _control().emulator_set_arch(number)
+    try:
+        yield
+    finally:
+        _control().emulator_set_arch(75)
+
+
 class InAllOrders:
     """The emulated ops. A call runs in every order; all must leave the same bits everywhere."""
 

@@ -71,6 +71,7 @@ namespace partune {
 using emulator::cp_async;
 using emulator::cp_async_commit;
 using emulator::cp_async_wait;
+using emulator::has_bf16_mma;
 using emulator::ldmatrix_x4;
 using emulator::mma_bf16_16x8x16;
 

@@ -21,6 +21,8 @@ inline void cp_async_wait() {
   wait_for_copies(Keep);
 }
 
+inline bool has_bf16_mma() { return arch() >= 80; }
+
 struct MmaFragments {
   uint32_t a[4], b[2];
   float c[4], d[4];

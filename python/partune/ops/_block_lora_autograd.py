@@ -85,7 +85,8 @@ class BlockLoRALinear(torch.autograd.Function):
         hidden = OPS["block_lora_"].overload(
             outputs, rows, list(downs), list(ups), seed=seed, step=step, **ctx.options
         )
-        ctx.save_for_backward(input, hidden, seed, step, *downs, *ups, *weights)
+        kept = weights if ctx.needs_input_grad[0] else [None] * count
+        ctx.save_for_backward(input, hidden, seed, step, *downs, *ups, *kept)
         return tuple(_like(output, input) for output in outputs)
 
     @staticmethod

@@ -119,11 +119,12 @@ def block_lora(
         input: as for `block_lora_linear`; cast to the bases' dtype where that is another.
         bases: [..., out_i], all of one dtype.
         downs, ups, scales, share, dropout, seed, step, layer_id: as for `block_lora_linear`.
-        inplace: overwrite the bases, which must be contiguous and no leaves that require grad.
-            Under torch.compile and torch.export they are left as they are.
+        inplace: overwrite the bases, which must be contiguous and no leaves that require grad;
+            left as they are under torch.compile and torch.export, and where several are views, as
+            torch's linear returns for more than two dimensions: autograd couldn't follow.
 
     Returns:
-        [..., out_i] for each base, of its dtype; the bases themselves with inplace=True.
+        [..., out_i] for each base, of its dtype; the bases themselves where they are overwritten.
 
     Raises:
         TypeError: another dtype, or something else than a tensor.
@@ -140,7 +141,7 @@ def block_lora(
     check_bases(bases, input, ups)
     if inplace:
         _check_inplace(bases)
-        inplace = not (torch.compiler.is_compiling() or torch.compiler.is_exporting())
+        inplace = _can_overwrite(bases)
     input = input.to(bases[0].dtype)
     downs, ups = _computing(input, downs), _computing(input, ups)
     seed, step = _draws_from(input, dropout, seed, step, layer_id)
@@ -279,6 +280,13 @@ def _check_inplace(bases: Sequence[Tensor]) -> None:
                 "inplace: got True for a leaf that requires grad, want False, or the output of "
                 "another operation"
             )
+
+
+def _can_overwrite(bases: Sequence[Tensor]) -> bool:
+    """Whether autograd follows: of a function with several outputs none may be a view's update."""
+    if torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        return False
+    return len(bases) == 1 or not any(base._is_view() for base in bases)
 
 
 def _computing(input: Tensor, adapters: Sequence[Tensor]) -> list[Tensor]:

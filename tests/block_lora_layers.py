@@ -15,7 +15,7 @@ from partune.nn._block_lora_layers import BlockLoRALayer
 from partune.nn.block_lora import BlockLoRAParts
 
 KINDS = ["vit", "swin", "clip", "llama", "gpt2", "bert", "timm-vit"]
-SMALL = dict(rank=4, blocks=2)
+SMALL = dict(rank=4, blocks=2, alpha=6.0)
 
 
 def trained(model: nn.Module, size: float = 0.3) -> nn.Module:

@@ -248,12 +248,30 @@ def test_in_place_overwrites_the_bases() -> None:
     (alone,) = ops.block_lora(
         x, views[:1], layers.downs[:1], layers.ups[:1], scales=SCALES[:1], inplace=True
     )
-    assert alone is views[0]
+    assert alone is not views[0]
     torch.testing.assert_close(alone.detach(), expected[0])
     kept = [base.detach() for base in layers.frozen(x)]
     before = [base.clone() for base in kept]
     ops.block_lora(x, kept, layers.downs, layers.ups, scales=SCALES)
     assert all(torch.equal(a, b) for a, b in zip(kept, before, strict=True))
+
+
+def test_gradients_behind_a_base_that_is_a_view() -> None:
+    """As wide as the input: autograd would take the input's gradient for the base's."""
+    x = tokens().requires_grad_()
+    weight = torch.randn(x.shape[-1], x.shape[-1], dtype=x.dtype, requires_grad=True)
+    bias = torch.randn(x.shape[-1], dtype=x.dtype)
+    down = torch.randn(2, x.shape[-1], dtype=x.dtype, requires_grad=True)
+    up = torch.randn(x.shape[-1], 2, dtype=x.dtype, requires_grad=True)
+
+    def gradients(inplace: bool) -> tuple[torch.Tensor, ...]:
+        base = torch.nn.functional.linear(x, weight, bias)
+        assert base._is_view()
+        (output,) = ops.block_lora(x, [base], [down], [up], scales=[1.0], inplace=inplace)
+        return torch.autograd.grad(output.square().sum(), (x, weight, down, up))
+
+    for kept, overwritten in zip(gradients(False), gradients(True), strict=True):
+        torch.testing.assert_close(overwritten, kept)
 
 
 def test_a_backward_made_stale_raises() -> None:

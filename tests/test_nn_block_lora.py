@@ -237,7 +237,9 @@ def test_from_linear_and_back():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_conversions_keep_dtypes(dtype):
-    layer = trained(BlockLoRALinear.from_linear(nn.Linear(8, 4, False, dtype=dtype), share="rank"))
+    layer = trained(
+        BlockLoRALinear.from_linear(nn.Linear(8, 4, False, dtype=dtype), share="rank", alpha=4.0)
+    )
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     assert {parameter.dtype for parameter in layer.adapter.parameters()} == {wide}
     plain = layer.to_linear()

@@ -203,6 +203,28 @@ def test_a_head_and_ssf_come_back_too():
             assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
+def test_a_norms_weights_that_a_merge_made_are_taken_away():
+    norm = nn.LayerNorm(8, elementwise_affine=False)
+    model = attach(nn.Sequential(norm), ScaleShiftConfig(shift=True, init_std=0.2))
+    x = torch.randn(3, 8)
+    before = model(x)
+    assert (
+        merge(model, keep="original").biases == ("0.weight", "0.bias") and norm.weight is not None
+    )
+    assert norm.elementwise_affine and unmerge(model).biases == ("0.weight", "0.bias")
+    assert torch.equal(model(x), before)
+    detach(model)
+    assert norm.weight is None and not norm.elementwise_affine and not model.state_dict()
+
+
+@pytest.mark.parametrize("keep", ["original", "adapter"])
+def test_a_model_that_moved_while_merged(keep):
+    model = attach(nn.Sequential(nn.Linear(8, 8)), BlockLoRAConfig(**SMALL))
+    merge(model, keep=keep)
+    unmerge(model.to("meta"))
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
 def test_flags_that_a_merge_sets_are_taken_back():
     model, inputs = transformers_model("llama"), inputs_of("llama")
     attach(model, ScaleShiftConfig(target_modules=["q_proj"], shift=True, init_std=0.2))

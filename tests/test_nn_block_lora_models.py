@@ -78,14 +78,15 @@ def test_all_linear_layers_but_the_head(kind):
 
 def test_output_embeddings_of_any_name_are_left_out():
     transformers = pytest.importorskip("transformers")
-    config = transformers.GPTNeoXConfig(
+    config = transformers.BertConfig(
         vocab_size=50, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=16,
+        intermediate_size=16, is_decoder=True,
     )  # fmt: skip
-    model = transformers.GPTNeoXForCausalLM(config)
+    model = transformers.BertLMHeadModel(config)
+    assert isinstance(model.cls.predictions.decoder, nn.Linear)
     attach(model, BlockLoRAConfig(**SMALL))
-    names = {name.rpartition(".")[2] for name in layers(model)}
-    assert names == {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
+    inside = {f"bert.encoder.layer.0.{name}" for name in BERT}
+    assert set(layers(model)) == inside | {"cls.predictions.transform.dense"}
 
 
 def test_targets_and_head_by_name():

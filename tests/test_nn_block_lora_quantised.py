@@ -178,9 +178,20 @@ def test_save_load_and_mix(kind, tmp_path):
     for row, name in enumerate(["b", None, "a"]):
         set_adapter(loaded, name)
         close(mixed[row], loaded(x)[row], 2e-2 if kind.startswith("int8") else 1e-5)
-    other = quantised(nn.Sequential(nn.Linear(64, 48), nn.GELU(), nn.Linear(48, 32)), kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_quantised_weight_is_refused(kind, tmp_path):
+    linear = nn.Linear(64, 32)
+    path = tmp_path / "a.safetensors"
+    save_adapter(
+        attach(quantised(nn.Sequential(copy.deepcopy(linear)), kind), BlockLoRAConfig()), path
+    )
+    load_adapter(quantised(nn.Sequential(copy.deepcopy(linear)), kind), path)
+    with torch.no_grad():
+        linear.weight[0, 0] = 1.0
     with pytest.raises(ValueError, match="was trained on another base"):
-        load_adapter(other, path)
+        load_adapter(quantised(nn.Sequential(linear), kind), path)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -24,7 +24,7 @@ class MixedLayer(AdaptedLayer):
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base: Tensor = super().forward(input, *args, **kwargs)
-        if len(input) != self.mixed_count or len(base) != self.mixed_count:
+        if len(input) != self.mixed_count:
             raise ValueError(
                 f"names: got {self.mixed_count} for a {self.original_class.__name__} whose input "
                 f"has {len(input)} rows in its first dimension, want one per row"

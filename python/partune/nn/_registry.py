@@ -83,7 +83,7 @@ def unlocked(model: nn.Module) -> Registry | None:
 
 @contextmanager
 def locked(model: nn.Module, why: str) -> Iterator[None]:
-    registry = unlocked(model)
+    registry = registry_of(model)
     assert registry is not None
     registry.lock = why
     try:

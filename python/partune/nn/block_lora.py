@@ -48,7 +48,7 @@ class LowRank(nn.Module):
         down, up = self._factors_for(input)
         outputs = block_lora(
             input, [base], [down], [up], scales=[self.scale], share=self.share,
-            dropout=self._dropout(), inplace=reuse and _is_free(base),
+            dropout=self._dropout(), inplace=reuse and base.is_contiguous(),
         )  # fmt: skip
         return outputs[0]
 
@@ -82,11 +82,6 @@ class LowRank(nn.Module):
 def is_wrapped(weight: Tensor) -> bool:
     """Whether only the weight's own class can read its values; also while a compiler traces."""
     return hasattr(type(weight), "__tensor_flatten__")
-
-
-def _is_free(base: Tensor) -> bool:
-    """Whether a layer's output may be overwritten: not while a tracer runs, and no view."""
-    return not torch.compiler.is_compiling() and base.is_contiguous() and not base._is_view()
 
 
 class BlockLoRA(LowRank):

@@ -120,7 +120,7 @@ def block_lora(
         bases: [..., out_i], all of one dtype.
         downs, ups, scales, share, dropout, seed, step, layer_id: as for `block_lora_linear`.
         inplace: overwrite the bases, which must be contiguous and no leaves that require grad;
-            left as they are under torch.compile and torch.export, and where several are views, as
+            left as they are under torch.compile and torch.export, and where one is a view, as
             torch's linear returns for more than two dimensions: autograd couldn't follow.
 
     Returns:
@@ -283,10 +283,10 @@ def _check_inplace(bases: Sequence[Tensor]) -> None:
 
 
 def _can_overwrite(bases: Sequence[Tensor]) -> bool:
-    """Whether autograd follows: of a function with several outputs none may be a view's update."""
+    """Whether autograd follows: it takes a view's update for one of the first argument."""
     if torch.compiler.is_compiling() or torch.compiler.is_exporting():
         return False
-    return len(bases) == 1 or not any(base._is_view() for base in bases)
+    return not any(base._is_view() for base in bases)
 
 
 def _computing(input: Tensor, adapters: Sequence[Tensor]) -> list[Tensor]:

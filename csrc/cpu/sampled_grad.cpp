@@ -29,14 +29,14 @@ class Sampled {
         element_size_(element_size),
         bodies_(bodies),
         // Of torch, which aligns memory to cache lines.
-        packed_(torch::stable::empty({(call.grad.columns + call.input.columns) * kTokenBlockBytes},
+        packed_(torch::stable::empty({(call.grad.columns + call.input.columns) * kPackedBytes},
                                      ScalarType::Byte)),
-        grad_(static_cast<Real*>(packed_.mutable_data_ptr())),
-        input_(grad_ + call.grad.columns * kTokenBlock<Real>) {}
+        grad_(static_cast<char*>(packed_.mutable_data_ptr())),
+        input_(grad_ + call.grad.columns * kPackedBytes) {}
 
   void run() const {
-    for (int64_t first = 0; first < call_.tokens; first += kTokenBlock<Real>) {
-      const int64_t tokens = std::min(kTokenBlock<Real>, call_.tokens - first);
+    for (int64_t first = 0; first < call_.tokens; first += bodies_.block_tokens) {
+      const int64_t tokens = std::min(bodies_.block_tokens, call_.tokens - first);
       pack(first, tokens);
       multiply(tokens);
     }
@@ -60,8 +60,8 @@ class Sampled {
   }
 
   void multiply(int64_t tokens) const {
-    const SampledGradBlock<Real> block{grad_, input_, tokens,
-                                       call_.input.columns, call_.csr, static_cast<Real*>(call_.values)};
+    const SampledGradBlock<Real> block{
+        grad_, input_, tokens, call_.input.columns, call_.csr, static_cast<Real*>(call_.values)};
     torch::stable::parallel_for(0, call_.csr.nnz, kEntriesOfThread, [&](int64_t begin, int64_t end) {
       const int64_t first_row = row_of(call_.csr, begin), last_row = row_of(call_.csr, end - 1) + 1;
       const std::unique_ptr<int64_t[]> cursors(new int64_t[size_t(last_row - first_row)]);
@@ -73,7 +73,7 @@ class Sampled {
   int64_t element_size_;
   const SampledGradBodies<Real>& bodies_;
   Tensor packed_;
-  Real *grad_, *input_;  // [rows or columns, kTokenBlock]
+  char *grad_, *input_;  // [rows or columns, kPackedBytes]
 };
 
 template <typename Real>

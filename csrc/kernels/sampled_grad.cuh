@@ -1,9 +1,11 @@
-// CUDA kernels of family sampled_grad. sampled_grad.h counts their bytes.
+// CUDA kernels of family sampled_grad.
 //
 // Sampled: a block of tokens of both factors is packed, a column's tokens side by side, by
 // pack_factor_kernel; sampled_grad_kernel then forms each entry as a dot product of two packed columns, a
 // warp for kWarpEntries entries, and adds it to its value. Blocks of tokens follow each other on a stream,
 // so every sum has one order.
+//
+// Bytes moved: as sampled_grad.h counts them.
 #pragma once
 #include "kit.cuh"
 #include "sampled_grad.h"

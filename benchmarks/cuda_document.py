@@ -196,6 +196,15 @@ def block_lora_backward(size: int) -> int:
     return 4 * ENTRIES * size + lora_products(N) + lora_sums(N) + lora_sums(WIDTH)
 
 
+TOKENS = 2048
+TOKEN_BLOCKS = TOKENS // cuda_constant("kernels/sampled_grad.cuh", "kTokenBlock")
+
+
+def sampled_grad(size: int) -> int:
+    """Sampled: factors read, packed and read again; values and structure once per token block."""
+    return 3 * 2 * N * TOKENS * size + TOKEN_BLOCKS * (8 * SELECTED + INDICES)
+
+
 # By op: bytes of weights, scores or values of 4 or 2 bytes; whether there is a bfloat16 form.
 BYTES: dict[str, tuple[Callable[[int], int], bool]] = {
     "sparse_adamw_": (sparse_adamw, True),
@@ -217,6 +226,7 @@ BYTES: dict[str, tuple[Callable[[int], int], bool]] = {
     "layer_norm_scale_shift_backward": (layer_norm_scale_shift_backward, True),
     "rms_norm_scale_shift": (rms_norm_scale_shift, True),
     "rms_norm_scale_shift_backward": (rms_norm_scale_shift_backward, True),
+    "sampled_grad_": (sampled_grad, True),
 }
 
 
@@ -249,8 +259,9 @@ of all 32-byte sectors of float32 hold a selected entry and {bfloat16:.0%} of bf
 scattered access counts its whole sector. Moments are float32 in a step and have the named dtype in
 `remap_`; factors have rank {rank}; `half_adamw_` steps half of the elements, by a drawn mask;
 family `scale_shift` takes all of the matrix; family `block_lora` has {n} tokens of {n} features
-and as many outputs, rank {lora_rank} in {lora_blocks} blocks. Megabytes are 10^6 bytes; times are
-microseconds at the memory bandwidth of {bandwidths}, and count nothing else.
+and as many outputs, rank {lora_rank} in {lora_blocks} blocks; `sampled_grad_` is its sampled route
+with {tokens} tokens, whose packed factors caches hold while entries read them. Megabytes are 10^6
+bytes; times are microseconds at the memory bandwidth of {bandwidths}, and count nothing else.
 
 """
 FACTORS_NOTE = """
@@ -328,6 +339,7 @@ def render(cells: dict[str, dict[str, str]]) -> str:
         rank=RANK,
         lora_rank=LORA_RANK,
         lora_blocks=LORA_BLOCKS,
+        tokens=TOKENS,
         float32=scattered(4) / (4 * ENTRIES),
         bfloat16=scattered(2) / (2 * ENTRIES),
         bandwidths=", ".join(names[:-1]) + f" and {names[-1]}",

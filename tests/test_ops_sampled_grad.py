@@ -94,9 +94,7 @@ def test_skewed_selections(ops: Any, device: torch.device, kind: str, route: str
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["unaligned", "row_strided"])
-def test_views(
-    ops: Any, device: torch.device, layout: str, dtype: torch.dtype, route: str
-) -> None:
+def test_views(ops: Any, device: torch.device, layout: str, dtype: torch.dtype, route: str) -> None:
     """Factors and values inside larger buffers, whose other elements stay as they are."""
     arguments = case((70, 19, 37), dtype)
     values, grad, input, *csr = (t.to(device) for t in arguments)
@@ -225,11 +223,17 @@ def test_in_a_compiled_backward(route: str) -> None:
     assert_close(required, gradients[0])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_choose_route(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 0.45), (torch.bfloat16, 0.25)])
+def test_choose_route(dtype: torch.dtype, limit: float) -> None:
     """Sampled below the density of the table, panels from there on."""
-    grad, input = torch.empty(8, 100, dtype=dtype), torch.empty(8, 100, dtype=dtype)
-    limit = SAMPLED_BELOW["cpu", dtype]
-    below, above = round(limit * 10_000) - 1, round(limit * 10_000)
-    assert choose_route(grad, input, torch.empty(below)) == "sampled"
-    assert choose_route(grad, input, torch.empty(above)) == ("panels" if limit < 1 else "sampled")
+    assert SAMPLED_BELOW["cpu", dtype] == limit
+    factor = torch.empty(8, 100, dtype=dtype)
+    below, above = torch.empty(int(limit * 10_000) - 1), torch.empty(int(limit * 10_000))
+    assert choose_route(factor, factor, below) == "sampled"
+    assert choose_route(factor, factor, above) == "panels"
+    assert choose_route(factor, torch.empty(8, 0, dtype=dtype), torch.empty(0)) == "sampled"
+
+
+def test_float16_is_always_sampled_on_the_cpu() -> None:
+    factor = torch.empty(8, 100, dtype=torch.float16)
+    assert choose_route(factor, factor, torch.empty(10_000)) == "sampled"

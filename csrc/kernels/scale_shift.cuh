@@ -132,9 +132,9 @@ struct PlaneSegment {
 // ---- forward ----
 
 // Packs are of kPackSize neighbours where lines and addresses let all of them be whole, else of one.
+// Of float64 two blocks on a multiprocessor are enough: for more of them ptxas spills GELU on sm_80.
 // SASS <float, float, 4>: LDG.E.128, STG.E.128
 // SASS <BFloat16, float, 8>: LDG.E.128, STG.E.128
-// Of float64 two blocks on a multiprocessor are enough: for more of them ptxas spills GELU on sm_80.
 template <typename Stored, typename Real, int kPack, Activation kActivation, int kBlock>
 __global__ void __launch_bounds__(kBlock, sizeof(Real) == 8 ? 2 : 0) scale_shift_rows_kernel(const ScaleShiftTask task) {
   const RowTile<kPack, kBlock> tile(task.layout);

@@ -48,6 +48,8 @@ TwoTensors rms_norm_scale_shift_cuda(Tensor input, OptionalTensor weight, Tensor
                                      double eps);
 ThreeTensors rms_norm_scale_shift_backward_cuda(Tensor grad, Tensor input, Tensor rstd, OptionalTensor weight,
                                                 Tensor scale, bool input_grad, bool scale_grad);
+void sampled_grad_cuda_(Tensor values, Tensor grad, Tensor input, Tensor crow_indices, Tensor col_indices,
+                        std::string route);
 
 // Adds every CUDA kernel to a library.
 inline void implement_cuda_ops(torch::stable::detail::StableLibrary& library) {
@@ -68,6 +70,7 @@ inline void implement_cuda_ops(torch::stable::detail::StableLibrary& library) {
   library.impl("layer_norm_scale_shift_backward", TORCH_BOX(&layer_norm_scale_shift_backward_cuda));
   library.impl("rms_norm_scale_shift", TORCH_BOX(&rms_norm_scale_shift_cuda));
   library.impl("rms_norm_scale_shift_backward", TORCH_BOX(&rms_norm_scale_shift_backward_cuda));
+  library.impl("sampled_grad_", TORCH_BOX(&sampled_grad_cuda_));
 }
 
 }  // namespace partune

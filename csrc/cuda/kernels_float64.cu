@@ -2,6 +2,7 @@
 // fails the build.
 #include "half_mask.cuh"
 #include "launchers.h"
+#include "sampled_grad.cuh"
 #include "scale_shift.cuh"
 #include "select.cuh"
 #include "sparse_adamw.cuh"
@@ -22,5 +23,7 @@ cudaError_t launch_half_adamw_float64(const SparseAdamWDeviceStep<double>& step,
 }
 
 const ScaleShiftLaunchers scale_shift_float64 = ScaleShift<double, double>::launchers();
+
+const SampledGradLaunchers sampled_grad_float64 = SampledGrad<double, double>::launchers();
 
 }  // namespace partune

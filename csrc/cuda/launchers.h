@@ -4,7 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include "../kernels/half_mask.h"
-
+#include "../kernels/sampled_grad.h"
 #include "../kernels/scale_shift_tasks.h"
 #include "../kernels/sparse_adamw.h"
 
@@ -88,5 +88,25 @@ struct ScaleShiftLaunchers {
 };
 extern const ScaleShiftLaunchers scale_shift_float64, scale_shift_float32, scale_shift_bfloat16,
     scale_shift_half;
+
+// ---- family sampled_grad ----
+
+struct SampledGradTask {
+  const void *grad, *input;  // [tokens, csr.rows], [tokens, columns]
+  int64_t grad_stride, input_stride, tokens, columns;
+  CsrView csr;
+  void* values;  // [csr.nnz]
+};
+
+struct SampledGradLaunchers {
+  int64_t (*workspace_bytes)(const SampledGradTask& task);
+  // Adds all entries, by way of a workspace aligned to 16 bytes.
+  cudaError_t (*sampled)(const SampledGradTask& task, void* workspace, cudaStream_t stream);
+  // Adds the entries of rows [first_row, last_row), which panel holds.
+  cudaError_t (*compact)(const SampledGradTask& task, const void* panel, int64_t first_row, int64_t last_row,
+                         cudaStream_t stream);
+};
+extern const SampledGradLaunchers sampled_grad_float64, sampled_grad_float32, sampled_grad_bfloat16,
+    sampled_grad_half;
 
 }  // namespace partune

@@ -1,0 +1,135 @@
+// CUDA kernels of family sampled_grad. sampled_grad.h counts their bytes.
+//
+// Sampled: a block of tokens of both factors is packed, a column's tokens side by side, by
+// pack_factor_kernel; sampled_grad_kernel then forms each entry as a dot product of two packed columns, a
+// warp for kWarpEntries entries, and adds it to its value. Blocks of tokens follow each other on a stream,
+// so every sum has one order.
+#pragma once
+#include "kit.cuh"
+#include "sampled_grad.h"
+
+namespace partune {
+
+constexpr int kSampledGradBlock = 128;
+constexpr int kPackTokens = 32;
+constexpr int kPackColumns = 32;
+constexpr int kTokenBlock = 512;  // packed columns of 4096 by 4096 take 8 MB in 16 bits: an L2 cache holds them
+constexpr int kWarpEntries = 4;
+
+// What is read or written at once.
+template <typename Stored>
+struct alignas(16) Pack16 {
+  static constexpr int kCount = 16 / int(sizeof(Stored));
+  Stored at[kCount];
+};
+
+// Tokens that a warp reads of a column at once.
+template <typename Stored>
+constexpr int kWarpTokens = 32 * Pack16<Stored>::kCount;
+
+// packed [columns, kTokenBlock] of factor [tokens, columns], whose rows lie `stride` apart: a block packs
+// kPackTokens × kPackColumns, zeros for tokens beyond the last.
+// SASS: none (a tile is read and written by elements; the warps' accesses are whole lines)
+template <typename Stored, int kBlock>
+__global__ void __launch_bounds__(kBlock)
+    pack_factor_kernel(const Stored* factor, int64_t stride, int64_t tokens, int64_t columns,
+                       Stored* packed) {
+  SHARED(Stored, tile, [kPackTokens][kPackColumns + 32 / sizeof(Stored) / 4 + 1]);
+  constexpr int kStep = kBlock / 32;
+  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
+  const int64_t first_token = int64_t(blockIdx.y) * kPackTokens;
+  const int64_t first_column = int64_t(blockIdx.x) * kPackColumns;
+  PARTUNE_UNROLL
+  for (int i = 0; i < kPackTokens; i += kStep) {
+    const int64_t token = first_token + i + warp, column = first_column + lane;
+    Stored value = {};
+    if (token < tokens && column < columns) value = factor[token * stride + column];
+    tile[i + warp][lane] = value;
+  }
+  __syncthreads();
+  PARTUNE_UNROLL
+  for (int i = 0; i < kPackColumns; i += kStep) {
+    const int64_t column = first_column + i + warp;
+    if (column < columns) packed[column * kTokenBlock + first_token + lane] = tile[lane][i + warp];
+  }
+}
+
+// The row of an entry: the last one that begins at it or before.
+PARTUNE_FN int64_t row_of_entry(const CsrView& csr, int64_t entry) {
+  int64_t low = 0, high = csr.rows;
+  while (high - low > 1) {
+    const int64_t middle = low + (high - low) / 2;
+    if (csr.crow_indices[middle] <= entry) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+// values += the entries' dot products over `tokens` packed tokens, a multiple of kWarpTokens.
+// SASS <BFloat16>: LDG.E.128 x8
+// SASS <Half>: LDG.E.128 x8
+// SASS <float>: LDG.E.128 x8
+// SASS <double>: LDG.E.128 x8
+template <typename Stored, typename Real, int kBlock>
+__global__ void __launch_bounds__(kBlock)
+    sampled_grad_kernel(const Stored* grad, const Stored* input, int64_t tokens, CsrView csr, Real* values) {
+  using Pack = Pack16<Stored>;
+  const int lane = int(threadIdx.x) % 32;
+  const int64_t warp = int64_t(blockIdx.x) * (kBlock / 32) + threadIdx.x / 32;
+  const int64_t first = warp * kWarpEntries;
+  const Pack* left[kWarpEntries];
+  const Pack* right[kWarpEntries];
+  // Behind the last entry the last is formed again, and not written.
+  PARTUNE_UNROLL
+  for (int i = 0; i < kWarpEntries; ++i) {
+    const int64_t entry = first + i < csr.nnz ? first + i : csr.nnz - 1;
+    const int64_t row = row_of_entry(csr, entry);
+    left[i] = reinterpret_cast<const Pack*>(grad + row * kTokenBlock) + lane;
+    right[i] = reinterpret_cast<const Pack*>(input + int64_t(csr.col_indices[entry]) * kTokenBlock) + lane;
+  }
+  Real sums[kWarpEntries] = {};
+  for (int64_t token = 0; token < tokens; token += kWarpTokens<Stored>) {
+    Pack a[kWarpEntries], b[kWarpEntries];
+    PARTUNE_UNROLL
+    for (int i = 0; i < kWarpEntries; ++i) {
+      a[i] = left[i][token / Pack::kCount];
+      b[i] = right[i][token / Pack::kCount];
+    }
+    PARTUNE_UNROLL
+    for (int i = 0; i < kWarpEntries; ++i) {
+      PARTUNE_UNROLL
+      for (int j = 0; j < Pack::kCount; ++j) {
+        sums[i] = multiply_add(Real(widen(a[i].at[j])), Real(widen(b[i].at[j])), sums[i]);
+      }
+    }
+  }
+  PARTUNE_UNROLL
+  for (int i = 0; i < kWarpEntries; ++i) {
+    PARTUNE_UNROLL
+    for (int step = 16; step >= 1; step /= 2) sums[i] += __shfl_xor_sync(0xffffffffu, sums[i], step);
+  }
+  PARTUNE_UNROLL
+  for (int i = 0; i < kWarpEntries; ++i) {
+    if (lane == i && first + i < csr.nnz) values[first + i] += sums[i];
+  }
+}
+
+// values += the entries of rows first_row and on of the dense product, of which panel holds one for each
+// block.
+// SASS: none (each entry is read where the selection has it)
+template <typename Stored, typename Real, int kBlock>
+__global__ void __launch_bounds__(kBlock)
+    compact_panel_kernel(const Stored* panel, int64_t columns, int64_t first_row, CsrView csr,
+                         Real* values) {
+  const Stored* line = panel + int64_t(blockIdx.x) * columns;
+  const int64_t row = first_row + blockIdx.x;
+  const int64_t end = csr.crow_indices[row + 1];
+  for (int64_t entry = csr.crow_indices[row] + threadIdx.x; entry < end; entry += kBlock) {
+    values[entry] += widen(line[csr.col_indices[entry]]);
+  }
+}
+
+}  // namespace partune

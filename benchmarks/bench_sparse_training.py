@@ -101,7 +101,7 @@ class Training:
 @pytest.mark.parametrize("name", MODELS)
 def test_training_step(report, note, name: str) -> None:
     trainings = {way: Training(name, way) for way in ("ours", *BARS)}
-    comparison = Comparison(trainings, rounds=4)
+    comparison = Comparison(trainings, rounds=3)
     refreshing = trainings["ours"].refresh() / INTERVAL
     comparison.median["ours"] += refreshing
     ours = comparison.median["ours"]

@@ -116,6 +116,7 @@ def test_bad_attach(model, options, error, message):
 
 def test_quantised_and_sharded_weights():
     from torchao import quantization
+
     model = nn.Sequential(nn.Linear(64, 64))
     quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
     with pytest.raises(TypeError, match=r"0: got a weight that is a Int8.*, want a strided one"):

@@ -131,6 +131,34 @@ def test_optimizers(name):
     assert_written(model)
 
 
+def test_an_optimizer_that_evaluates_the_loss_again_says_so():
+    model = sparse(two_layers())
+    optimizer = torch.optim.LBFGS(values_of(model), max_iter=2)
+    x = torch.randn(6, 24)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(x).square().mean()
+        loss.backward()
+        return loss
+
+    with pytest.raises(RuntimeError, match="changed since they were written into the weight"):
+        optimizer.step(closure)
+
+
+def test_a_compiled_step_writes_too():
+    models = [sparse(two_layers()) for _ in range(2)]
+    for model, compiled in zip(models, (False, True), strict=True):
+        optimizer = torch.optim.SGD(values_of(model), lr=torch.tensor(0.1), foreach=True)
+        step = torch.compile(optimizer.step) if compiled else optimizer.step
+        for _ in range(2):
+            model(torch.ones(6, 24)).square().mean().backward()
+            step()
+            optimizer.zero_grad()
+        assert_written(model)
+    assert_same_parameters(models[1], models[0], 1e-6)
+
+
 def test_weight_decay_shrinks_weights():
     model = sparse(two_layers())
     before = [layer.weight.detach().clone() for layer in sparse_layers(model)]

@@ -94,9 +94,7 @@ def test_skewed_selections(ops: Any, device: torch.device, kind: str, route: str
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["unaligned", "row_strided"])
-def test_views(
-    ops: Any, device: torch.device, layout: str, dtype: torch.dtype, route: str
-) -> None:
+def test_views(ops: Any, device: torch.device, layout: str, dtype: torch.dtype, route: str) -> None:
     """Factors and values inside larger buffers, whose other elements stay as they are."""
     arguments = case((70, 19, 37), dtype)
     values, grad, input, *csr = (t.to(device) for t in arguments)

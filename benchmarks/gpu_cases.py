@@ -79,6 +79,19 @@ def cases(device: str, size: int) -> dict[str, Callable[[], object]]:
             found[f"half_adamw_ {level} {str(dtype).removeprefix('torch.')}"] = functools.partial(
                 half_step, level, live, half_ranks, half_moments
             )
+        x, selected = draw(2 * size, size, dtype=dtype), torch.zeros(k, device=device)
+        output_grad = draw(2 * size, size, dtype=dtype)
+
+        def sampled(route, x=x, output_grad=output_grad, selected=selected):
+            ops.sampled_grad_(selected, output_grad, x, *old, route=route)
+
+        def dense(x=x, output_grad=output_grad):
+            return output_grad.t() @ x
+
+        for route in ("sampled", "panels"):
+            case_name = f"sampled_grad_ {route} {str(dtype).removeprefix('torch.')}"
+            found[case_name] = functools.partial(sampled, route)
+        found[f"peer: dense product {str(dtype).removeprefix('torch.')}"] = dense
         parameter = torch.nn.Parameter(weight.clone())
         parameter.grad = grad
         name = str(dtype).removeprefix("torch.")

@@ -167,6 +167,15 @@ def rms_norm_scale_shift_backward(size: int) -> int:
     return 3 * ENTRIES * size + NORM_SUMS + 4 * N
 
 
+TOKENS = 2048
+TOKEN_BLOCKS = TOKENS // cuda_constant("kernels/sampled_grad.cuh", "kTokenBlock")
+
+
+def sampled_grad(size: int) -> int:
+    """Sampled: factors read, packed and read again; values and structure once per token block."""
+    return 3 * 2 * N * TOKENS * size + TOKEN_BLOCKS * (8 * SELECTED + INDICES)
+
+
 # By op: bytes of weights, scores or values of 4 or 2 bytes; whether there is a bfloat16 form.
 BYTES: dict[str, tuple[Callable[[int], int], bool]] = {
     "sparse_adamw_": (sparse_adamw, True),
@@ -186,6 +195,7 @@ BYTES: dict[str, tuple[Callable[[int], int], bool]] = {
     "layer_norm_scale_shift_backward": (layer_norm_scale_shift_backward, True),
     "rms_norm_scale_shift": (rms_norm_scale_shift, True),
     "rms_norm_scale_shift_backward": (rms_norm_scale_shift_backward, True),
+    "sampled_grad_": (sampled_grad, True),
 }
 
 
@@ -217,8 +227,10 @@ A matrix of {n} by {n}, {density:.0%} of it selected, uniformly: the worst case,
 of all 32-byte sectors of float32 hold a selected entry and {bfloat16:.0%} of bfloat16's. A
 scattered access counts its whole sector. Moments are float32 in a step and have the named dtype in
 `remap_`; factors have rank {rank}; `half_adamw_` steps half of the elements, by a drawn mask;
-family `scale_shift` takes all of the matrix. Megabytes are 10^6 bytes; times are microseconds at
-the memory bandwidth of {bandwidths}, and count nothing else.
+family `scale_shift` takes all of the matrix; `sampled_grad_` is its sampled route with {tokens}
+tokens, whose packed factors caches hold while entries read them. Megabytes are 10^6 bytes; times
+are microseconds at the memory bandwidth of {bandwidths}, and
+count nothing else.
 
 """
 FACTORS_NOTE = """
@@ -294,6 +306,7 @@ def render(cells: dict[str, dict[str, str]]) -> str:
         n=N,
         density=DENSITY,
         rank=RANK,
+        tokens=TOKENS,
         float32=scattered(4) / (4 * ENTRIES),
         bfloat16=scattered(2) / (2 * ENTRIES),
         bandwidths=", ".join(names[:-1]) + f" and {names[-1]}",

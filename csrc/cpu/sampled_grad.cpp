@@ -4,11 +4,16 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <cstdlib>
 #include <memory>
-#include <vector>
+#include <new>
 
 #include "../kernels/sampled_grad_cpu.h"
 #include "isa.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace partune {
 namespace {
@@ -21,6 +26,19 @@ int64_t row_of(const CsrView& csr, int64_t entry) {
   return std::upper_bound(csr.crow_indices, csr.crow_indices + csr.rows + 1, entry) - csr.crow_indices - 1;
 }
 
+// Memory on huge pages where the system has them: packed columns are read in no order, and of small pages
+// each would miss the TLB (measured: a fifth of the time at 4096 by 4096).
+char* huge_pages(int64_t bytes) {
+  constexpr size_t kPage = size_t(2) << 20;
+  const size_t size = (size_t(bytes) + kPage - 1) / kPage * kPage;
+  void* memory = std::aligned_alloc(kPage, size);
+  if (memory == nullptr) throw std::bad_alloc();
+#if defined(__linux__)
+  madvise(memory, size, MADV_HUGEPAGE);
+#endif
+  return static_cast<char*>(memory);
+}
+
 template <typename Real>
 class Sampled {
  public:
@@ -28,15 +46,13 @@ class Sampled {
       : call_(call),
         element_size_(element_size),
         bodies_(bodies),
-        // Of torch, which aligns memory to cache lines.
-        packed_(torch::stable::empty({(call.grad.columns + call.input.columns) * kTokenBlockBytes},
-                                     ScalarType::Byte)),
-        grad_(static_cast<Real*>(packed_.mutable_data_ptr())),
-        input_(grad_ + call.grad.columns * kTokenBlock<Real>) {}
+        packed_(huge_pages((call.grad.columns + call.input.columns) * kPackedBytes), std::free),
+        grad_(packed_.get()),
+        input_(grad_ + call.grad.columns * kPackedBytes) {}
 
   void run() const {
-    for (int64_t first = 0; first < call_.tokens; first += kTokenBlock<Real>) {
-      const int64_t tokens = std::min(kTokenBlock<Real>, call_.tokens - first);
+    for (int64_t first = 0; first < call_.tokens; first += bodies_.block_tokens) {
+      const int64_t tokens = std::min(bodies_.block_tokens, call_.tokens - first);
       pack(first, tokens);
       multiply(tokens);
     }
@@ -60,8 +76,8 @@ class Sampled {
   }
 
   void multiply(int64_t tokens) const {
-    const SampledGradBlock<Real> block{grad_, input_, tokens,
-                                       call_.input.columns, call_.csr, static_cast<Real*>(call_.values)};
+    const SampledGradBlock<Real> block{
+        grad_, input_, tokens, call_.input.columns, call_.csr, static_cast<Real*>(call_.values)};
     torch::stable::parallel_for(0, call_.csr.nnz, kEntriesOfThread, [&](int64_t begin, int64_t end) {
       const int64_t first_row = row_of(call_.csr, begin), last_row = row_of(call_.csr, end - 1) + 1;
       const std::unique_ptr<int64_t[]> cursors(new int64_t[size_t(last_row - first_row)]);
@@ -72,8 +88,8 @@ class Sampled {
   const SampledGradCall& call_;
   int64_t element_size_;
   const SampledGradBodies<Real>& bodies_;
-  Tensor packed_;
-  Real *grad_, *input_;  // [rows or columns, kTokenBlock]
+  std::unique_ptr<char, decltype(&std::free)> packed_;
+  char *grad_, *input_;  // [rows or columns, kPackedBytes]
 };
 
 template <typename Real>

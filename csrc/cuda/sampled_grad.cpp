@@ -34,8 +34,8 @@ void sampled_grad_cuda_(Tensor values, Tensor grad, Tensor input, Tensor crow_in
   const DeviceScope scope(values.get_device_index());
   const cudaStream_t stream = current_stream(values.get_device_index());
   const SampledGradLaunchers& launchers = launchers_of(grad);
-  const SampledGradTask task{call.grad.data,   call.input.data,    call.grad.stride, call.input.stride,
-                             call.tokens,      call.input.columns, call.csr,         call.values};
+  const SampledGradTask task{call.grad.data, call.input.data,    call.grad.stride, call.input.stride,
+                             call.tokens,    call.input.columns, call.csr,         call.values};
   if (call.panels) {
     for_panels(grad, input, kPanelBytes, [&](const void* panel, int64_t first, int64_t last) {
       check_launch(op, launchers.compact(task, panel, first, last, stream));

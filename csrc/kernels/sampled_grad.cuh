@@ -1,9 +1,11 @@
-// CUDA kernels of family sampled_grad. sampled_grad.h counts their bytes.
+// CUDA kernels of family sampled_grad.
 //
 // Sampled: a block of tokens of both factors is packed, a column's tokens side by side, by
 // pack_factor_kernel; sampled_grad_kernel then forms each entry as a dot product of two packed columns, a
 // warp for kWarpEntries entries, and adds it to its value. Blocks of tokens follow each other on a stream,
 // so every sum has one order.
+//
+// Bytes moved: as sampled_grad.h counts them.
 #pragma once
 #include "kit.cuh"
 #include "sampled_grad.h"
@@ -13,7 +15,8 @@ namespace partune {
 constexpr int kSampledGradBlock = 128;
 constexpr int kPackTokens = 32;
 constexpr int kPackColumns = 32;
-constexpr int kTokenBlock = 512;  // packed columns of 4096 by 4096 take 8 MB in 16 bits: an L2 cache holds them
+// Packed columns of 4096 by 4096 take 8 MB in 16 bits: an L2 cache holds them.
+constexpr int kTokenBlock = 512;
 constexpr int kWarpEntries = 4;
 
 // What is read or written at once.
@@ -34,7 +37,8 @@ template <typename Stored, int kBlock>
 __global__ void __launch_bounds__(kBlock)
     pack_factor_kernel(const Stored* factor, int64_t stride, int64_t tokens, int64_t columns,
                        Stored* packed) {
-  SHARED(Stored, tile, [kPackTokens][kPackColumns + 32 / sizeof(Stored) / 4 + 1]);
+  // Rows an odd number of words long: then a column's elements lie in different banks.
+  SHARED(Stored, tile, [kPackTokens][kPackColumns + (sizeof(Stored) == 2 ? 2 : 1)]);
   constexpr int kStep = kBlock / 32;
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
   const int64_t first_token = int64_t(blockIdx.y) * kPackTokens;
@@ -69,10 +73,7 @@ PARTUNE_FN int64_t row_of_entry(const CsrView& csr, int64_t entry) {
 }
 
 // values += the entries' dot products over `tokens` packed tokens, a multiple of kWarpTokens.
-// SASS <BFloat16>: LDG.E.128 x8
-// SASS <Half>: LDG.E.128 x8
-// SASS <float>: LDG.E.128 x8
-// SASS <double>: LDG.E.128 x8
+// SASS: LDG.E.128 x8
 template <typename Stored, typename Real, int kBlock>
 __global__ void __launch_bounds__(kBlock)
     sampled_grad_kernel(const Stored* grad, const Stored* input, int64_t tokens, CsrView csr, Real* values) {
@@ -122,8 +123,7 @@ __global__ void __launch_bounds__(kBlock)
 // SASS: none (each entry is read where the selection has it)
 template <typename Stored, typename Real, int kBlock>
 __global__ void __launch_bounds__(kBlock)
-    compact_panel_kernel(const Stored* panel, int64_t columns, int64_t first_row, CsrView csr,
-                         Real* values) {
+    compact_panel_kernel(const Stored* panel, int64_t columns, int64_t first_row, CsrView csr, Real* values) {
   const Stored* line = panel + int64_t(blockIdx.x) * columns;
   const int64_t row = first_row + blockIdx.x;
   const int64_t end = csr.crow_indices[row + 1];

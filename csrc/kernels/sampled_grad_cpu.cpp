@@ -21,14 +21,13 @@ PARTUNE_FN int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 template <typename Real>
 using Tile = Vector<Real>[kLanes<Real>];
+typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
 
 #if defined(__AVX512F__)
 // Interleaving vector i with vector i + 8, four times over, is the transpose.
 PARTUNE_FN void transpose(Tile<float>& tile) {
-  const __m512i low =
-      _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-  const __m512i high =
-      _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
   PARTUNE_UNROLL
   for (int round = 0; round < 4; ++round) {
     Tile<float> next;
@@ -76,35 +75,83 @@ PARTUNE_FN void transpose(Tile<double>& tile) { transpose_lanes<double>(tile); }
 PARTUNE_FN void transpose(Tile<float>& tile) { transpose_lanes<float>(tile); }
 #endif
 
-// `tokens` × `columns` of a tile; zeros beyond.
+// What a factor is packed as: bfloat16 as it is, which halves what entries read; else the sums' type.
+template <typename Stored>
+struct PackedType {
+  typedef float Type;
+};
+template <>
+struct PackedType<double> {
+  typedef double Type;
+};
+template <>
+struct PackedType<BFloat16> {
+  typedef BFloat16 Type;
+};
+PARTUNE_FN void pack_element(BFloat16 x, BFloat16& packed) { packed = x; }
 template <typename Stored, typename Real>
-void pack_edge(const Stored* factor, int64_t stride, int64_t tokens, int64_t columns, Real* packed) {
+PARTUNE_FN void pack_element(Stored x, Real& packed) {
+  packed = widen(x);
+}
+
+template <typename Packed>
+constexpr int64_t kBlockTokens = kPackedBytes / int64_t(sizeof(Packed));
+// Tokens of a packed column that fill a register.
+template <typename Packed>
+constexpr int64_t kTokens = kVectorBytes / int64_t(sizeof(Packed));
+
+// A tile of columns that fill a register of sums, and the tokens of a packed register.
+template <typename Stored>
+PARTUNE_FN void load_tile(const Stored* rows, int64_t stride, Tile<typename PackedType<Stored>::Type>& tile) {
+  PARTUNE_UNROLL
+  for (int64_t i = 0; i < kTokens<typename PackedType<Stored>::Type>; ++i) {
+    tile[i] = widen_lanes(rows + i * stride);
+  }
+}
+
+// Two tokens to a lane.
+PARTUNE_FN void load_tile(const BFloat16* rows, int64_t stride, Tile<float>& tile) {
+  PARTUNE_UNROLL
+  for (int64_t i = 0; i < kLanes<float>; ++i) {
+    const Bits first = (Bits)widen_lanes(rows + 2 * i * stride);
+    const Bits second = (Bits)widen_lanes(rows + (2 * i + 1) * stride);
+    tile[i] = (Vector<float>)(first >> 16 | second);
+  }
+}
+
+// `tokens` × `columns` of a tile; zeros beyond.
+template <typename Stored, typename Packed>
+void pack_edge(const Stored* factor, int64_t stride, int64_t tokens, int64_t columns, Packed* packed) {
   for (int64_t column = 0; column < columns; ++column) {
-    for (int64_t token = 0; token < kLanes<Real>; ++token) {
-      const bool valid = token < tokens;
-      packed[column * kTokenBlock<Real> + token] = valid ? Real(widen(factor[token * stride + column])) : 0;
+    for (int64_t token = 0; token < kTokens<Packed>; ++token) {
+      Packed element = {};
+      if (token < tokens) pack_element(factor[token * stride + column], element);
+      packed[column * kBlockTokens<Packed> + token] = element;
     }
   }
 }
 
 template <typename Stored, typename Real>
-void pack(const void* from, int64_t stride, int64_t tokens, int64_t begin, int64_t end, Real* packed) {
-  constexpr int64_t kSize = kLanes<Real>;
+void pack(const void* from, int64_t stride, int64_t tokens, int64_t begin, int64_t end, char* to) {
+  using Packed = typename PackedType<Stored>::Type;
+  constexpr int64_t kColumns = kLanes<Real>;
   const Stored* factor = static_cast<const Stored*>(from);
-  for (int64_t token = 0; token < tokens; token += kSize) {
+  for (int64_t token = 0; token < tokens; token += kTokens<Packed>) {
     const Stored* rows = factor + token * stride;
-    for (int64_t column = begin; column < end; column += kSize) {
-      Real* to = packed + column * kTokenBlock<Real> + token;
-      if (token + kSize > tokens || column + kSize > end) {
-        pack_edge(rows + column, stride, smaller(tokens - token, kSize), smaller(end - column, kSize), to);
+    for (int64_t column = begin; column < end; column += kColumns) {
+      Packed* packed = reinterpret_cast<Packed*>(to) + column * kBlockTokens<Packed> + token;
+      if (token + kTokens<Packed> > tokens || column + kColumns > end) {
+        pack_edge(rows + column, stride, smaller(tokens - token, kTokens<Packed>),
+                  smaller(end - column, kColumns), packed);
         continue;
       }
       Tile<Real> tile;
-      PARTUNE_UNROLL
-      for (int i = 0; i < kSize; ++i) tile[i] = widen_lanes(rows + i * stride + column);
+      load_tile(rows + column, stride, tile);
       transpose(tile);
       PARTUNE_UNROLL
-      for (int i = 0; i < kSize; ++i) store_vector(tile[i], to + i * kTokenBlock<Real>);
+      for (int64_t i = 0; i < kColumns; ++i) {
+        __builtin_memcpy(packed + i * kBlockTokens<Packed>, &tile[i], sizeof tile[i]);
+      }
     }
   }
 }
@@ -154,18 +201,38 @@ PARTUNE_FN void sum_lanes(const Vector<float> (&sums)[kDots], float* out) {
 }
 #endif
 
-// values[i] += grad · column i of the first kCount columns named, over `tokens`, a multiple of the lanes.
-template <int kCount, typename Real>
-PARTUNE_FN void dots(const Real* grad, const Real* input, const int32_t* columns, int64_t tokens,
+// Neighbouring tokens of a packed column, as many as fill a register.
+struct Pairs {
+  Vector<float> first, second;
+};
+PARTUNE_FN Vector<double> load_operand(const double* from) { return load_vector(from); }
+PARTUNE_FN Vector<float> load_operand(const float* from) { return load_vector(from); }
+PARTUNE_FN Pairs load_operand(const BFloat16* from) {
+  Bits bits;
+  __builtin_memcpy(&bits, from, sizeof bits);
+  return {(Vector<float>)(bits << 16), (Vector<float>)(bits & 0xffff0000u)};
+}
+
+template <typename Lanes>
+PARTUNE_FN Lanes add_product(Lanes a, Lanes b, Lanes sum) {
+  return multiply_add(a, b, sum);
+}
+PARTUNE_FN Vector<float> add_product(const Pairs& a, const Pairs& b, Vector<float> sum) {
+  return multiply_add(a.second, b.second, multiply_add(a.first, b.first, sum));
+}
+
+// values[i] += grad · column i of the first kCount columns named, over `tokens`, a multiple of kTokens.
+template <int kCount, typename Packed, typename Real>
+PARTUNE_FN void dots(const Packed* grad, const Packed* input, const int32_t* columns, int64_t tokens,
                      Real* values) {
-  const Real* column[kCount];
+  const Packed* column[kCount];
   Vector<Real> sums[kDots] = {};
   PARTUNE_UNROLL
-  for (int i = 0; i < kCount; ++i) column[i] = input + int64_t(columns[i]) * kTokenBlock<Real>;
-  for (int64_t token = 0; token < tokens; token += kLanes<Real>) {
-    const Vector<Real> g = load_vector(grad + token);
+  for (int i = 0; i < kCount; ++i) column[i] = input + int64_t(columns[i]) * kBlockTokens<Packed>;
+  for (int64_t token = 0; token < tokens; token += kTokens<Packed>) {
+    const auto g = load_operand(grad + token);
     PARTUNE_UNROLL
-    for (int i = 0; i < kCount; ++i) sums[i] = multiply_add(load_vector(column[i] + token), g, sums[i]);
+    for (int i = 0; i < kCount; ++i) sums[i] = add_product(load_operand(column[i] + token), g, sums[i]);
   }
   Real added[kDots];
   sum_lanes(sums, added);
@@ -173,8 +240,8 @@ PARTUNE_FN void dots(const Real* grad, const Real* input, const int32_t* columns
   for (int i = 0; i < kCount; ++i) values[i] += added[i];
 }
 
-template <int kCount, typename Real>
-void some_dots(int64_t count, const Real* grad, const Real* input, const int32_t* columns, int64_t tokens,
+template <int kCount, typename Packed, typename Real>
+void some_dots(int64_t count, const Packed* grad, const Packed* input, const int32_t* columns, int64_t tokens,
                Real* values) {
   if (count == kCount) return dots<kCount>(grad, input, columns, tokens, values);
   if constexpr (kCount > 1) some_dots<kCount - 1>(count, grad, input, columns, tokens, values);
@@ -183,25 +250,27 @@ void some_dots(int64_t count, const Real* grad, const Real* input, const int32_t
 // Columns whose packed tokens take half of an L2 cache.
 constexpr int64_t kPanelColumns = 512;
 
-template <typename Real>
+template <typename Packed, typename Real>
 void product(const SampledGradBlock<Real>& block, int64_t first_row, int64_t last_row, int64_t begin,
              int64_t end, int64_t* cursors) {
   const int64_t* crow = block.csr.crow_indices;
   const int32_t* col = block.csr.col_indices;
-  const int64_t tokens = (block.tokens + kLanes<Real> - 1) / kLanes<Real> * kLanes<Real>;
+  const Packed* all_grad = reinterpret_cast<const Packed*>(block.grad);
+  const Packed* input = reinterpret_cast<const Packed*>(block.input);
+  const int64_t tokens = (block.tokens + kTokens<Packed> - 1) / kTokens<Packed> * kTokens<Packed>;
   for (int64_t row = first_row; row < last_row; ++row) cursors[row - first_row] = larger(begin, crow[row]);
   for (int64_t panel = 0; panel < block.columns; panel += kPanelColumns) {
     const int64_t panel_end = panel + kPanelColumns;
     for (int64_t row = first_row; row < last_row; ++row) {
-      const Real* grad = block.grad + row * kTokenBlock<Real>;
+      const Packed* grad = all_grad + row * kBlockTokens<Packed>;
       const int64_t stop = smaller(end, crow[row + 1]);
       int64_t entry = cursors[row - first_row];
       for (; entry + kDots <= stop && col[entry + kDots - 1] < panel_end; entry += kDots) {
-        dots<kDots>(grad, block.input, col + entry, tokens, block.values + entry);
+        dots<kDots>(grad, input, col + entry, tokens, block.values + entry);
       }
       int64_t count = 0;
       while (entry + count < stop && col[entry + count] < panel_end) ++count;
-      some_dots<kDots - 1>(count, grad, block.input, col + entry, tokens, block.values + entry);
+      some_dots<kDots - 1>(count, grad, input, col + entry, tokens, block.values + entry);
       cursors[row - first_row] = entry + count;
     }
   }
@@ -223,7 +292,9 @@ void compact(const void* from, int64_t columns, int64_t first_row, const CsrView
 }
 
 template <typename Stored, typename Real>
-constexpr SampledGradBodies<Real> kBodies = {pack<Stored, Real>, product<Real>, compact<Stored, Real>};
+constexpr SampledGradBodies<Real> kBodies = {
+    kBlockTokens<typename PackedType<Stored>::Type>, pack<Stored, Real>,
+    product<typename PackedType<Stored>::Type, Real>, compact<Stored, Real>};
 
 }  // namespace
 

@@ -5,14 +5,12 @@
 namespace partune {
 
 // Tokens are taken a block at a time; of a block, a column of a factor is packed into so many bytes.
-constexpr int64_t kTokenBlockBytes = 1024;
-template <typename Real>
-constexpr int64_t kTokenBlock = kTokenBlockBytes / int64_t(sizeof(Real));
+constexpr int64_t kPackedBytes = 1024;
 
-// A block of tokens: factors packed [rows or columns, kTokenBlock], zeros behind the last token.
+// A block of tokens: factors packed [rows or columns, kPackedBytes], zeros behind the last token.
 template <typename Real>
 struct SampledGradBlock {
-  const Real *grad, *input;
+  const char *grad, *input;
   int64_t tokens, columns;
   CsrView csr;
   Real* values;  // [nnz], added to
@@ -20,8 +18,9 @@ struct SampledGradBlock {
 
 template <typename Real>
 struct SampledGradBodies {
+  int64_t block_tokens;
   // Packs columns [begin, end) of `tokens` rows of a factor, which lie `stride` apart.
-  void (*pack)(const void* factor, int64_t stride, int64_t tokens, int64_t begin, int64_t end, Real* packed);
+  void (*pack)(const void* factor, int64_t stride, int64_t tokens, int64_t begin, int64_t end, char* packed);
   // The entries [begin, end), the first of which lies in row `first_row` and the last in `last_row` - 1.
   // cursors holds last_row - first_row numbers. An entry's bits don't depend on where ranges begin.
   void (*product)(const SampledGradBlock<Real>& block, int64_t first_row, int64_t last_row, int64_t begin,

@@ -14,8 +14,8 @@ from partune.ops._contract import Op, call, register
 from partune.ops.csr import row_indices
 
 ROUTES = ("sampled", "panels")
-# From which density on the panels are faster. On the CPU as measured (Zen 4, AVX-512, two threads, 512
-# and 2048 tokens, 1024 and 4096 wide); on a GPU an estimate from bytes and operations.
+# From which density on the panels are faster. On the CPU as measured (Zen 4, AVX-512, two threads,
+# 512 and 2048 tokens, 1024 and 4096 wide); on a GPU an estimate from bytes and operations.
 SAMPLED_BELOW = {
     ("cpu", torch.float64): 0.3,
     ("cpu", torch.float32): 0.3,
@@ -41,8 +41,9 @@ def sampled_grad_(
 ) -> None:
     """Add the entries of gradᵀ @ input that a CSR names to a vector of values.
 
-    With y = x @ weight.t() these are the selected entries of the weight's gradient. Sums are float32
-    (float64 of float64) whatever is multiplied. For a weight that is stored [in, out], as GPT-2's
+    With y = x @ weight.t() these are the selected entries of the weight's gradient. Sums are
+    float32 (float64 of float64) whatever is multiplied; "panels" of 16 bits rounds each to 16 bits
+    before it is added, as the dense product does. For a weight that is stored [in, out], as GPT-2's
     Conv1D has it, pass x as grad and the output's gradient as input.
 
     Args:

@@ -115,9 +115,10 @@ def test_bad_attach(model, options, error, message):
 
 
 def test_quantised_and_sharded_weights():
-    torchao = pytest.importorskip("torchao.quantization")
+    from torchao import quantization
+
     model = nn.Sequential(nn.Linear(64, 64))
-    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
     with pytest.raises(TypeError, match=r"0: got a weight that is a Int8.*, want a strided one"):
         attach(model, SparseConfig(Magnitude()))
     model = nn.Sequential(nn.Linear(8, 8))

@@ -117,7 +117,7 @@ def merge(
         merged.setdefault(layer_name, {})["bias"] = torch.zeros(size)
     kept = None if keep is None else _kept(model, name, adapter, merged, flags, keep)
     before = None if batch is None else _outputs(model, batch)
-    for layer_name in merged:
+    for layer_name in adapter.layers:
         _layer(model, layer_name).settle()
     detach(model)
     for layer_name, parameters in merged.items():

@@ -55,8 +55,8 @@ class SparseLayer(WrittenLayer):
         if not is_watched(self):
             raise RuntimeError(
                 "values: got a parameter that replaced the layer's own (as FSDP or functional_call "
-                "do), so the optimizer's steps don't reach the weight; train with "
-                "partune.optim.SparseAdamW instead"
+                "do), so the optimizer's steps don't reach the weight; train it unsharded, for "
+                "example under DistributedDataParallel"
             )
         if not entries.is_written(self.weight):
             raise RuntimeError(
@@ -233,8 +233,8 @@ def check_weight(name: str, weight: Tensor) -> None:
         what = type(weight).__name__ if wrapped else f"{weight.dtype}, {weight.layout}"
         raise TypeError(
             f"{name}: got a weight that is a {what}, want a strided one of float64, float32, "
-            "bfloat16 or float16; quantised weights take BlockLoRAConfig, sharded ones "
-            "partune.optim.SparseAdamW"
+            "bfloat16 or float16; quantised weights take BlockLoRAConfig, sharded ones can't "
+            "be written into"
         )
     if weight.is_meta:
         raise ValueError(f"{name}: its weight is on the meta device; load the weights first")

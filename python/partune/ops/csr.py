@@ -62,7 +62,9 @@ def row_indices(crow_indices: Tensor, nnz: int | None = None) -> Tensor:
 
 def flat_indices(crow_indices: Tensor, col_indices: Tensor, columns: int) -> Tensor:
     """row·columns + column of every entry, int64 [nnz], ascending."""
-    return row_indices(crow_indices, col_indices.numel()) * columns + col_indices
+    starts = torch.arange(crow_indices.numel() - 1, device=crow_indices.device) * columns
+    flat = starts.repeat_interleave(crow_indices.diff(), output_size=col_indices.numel())
+    return flat.add_(col_indices)
 
 
 def csr_from_flat(flat: Tensor, rows: int, columns: int) -> Csr:

@@ -80,16 +80,15 @@ PARTUNE_FN void read_lora_pack(const LoraMatrix& x, const LoraDraws<Real>& draws
   PARTUNE_UNROLL
   for (int i = 0; i < kPack; ++i) values[i] = Real(0);
   const int64_t count = token < x.tokens ? x.width - column : 0;
-  if (count > 0) {
+  const int64_t chunks = count > 0 ? x.chunks : 0;
 #pragma unroll 1
-    for (int64_t chunk = 0; chunk < x.chunks; ++chunk) {
-      const int64_t first = (token * x.chunks + chunk) * x.width + column;
-      const Stored* from = static_cast<const Stored*>(x.data) + first;
-      const WidePack<Stored> pack = load_wide(from, count, is_wide_aligned(from));
-      const uint32_t kept = draws.kept(first, count < kPack ? int(count) : kPack);
-      PARTUNE_UNROLL
-      for (int i = 0; i < kPack; ++i) values[i] += multiply(widen(pack.at[i]), draws.factor(kept, i));
-    }
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const int64_t first = (token * x.chunks + chunk) * x.width + column;
+    const Stored* from = static_cast<const Stored*>(x.data) + first;
+    const WidePack<Stored> pack = load_wide(from, count, is_wide_aligned(from));
+    const uint32_t kept = draws.kept(first, count < kPack ? int(count) : kPack);
+    PARTUNE_UNROLL
+    for (int i = 0; i < kPack; ++i) values[i] += multiply(widen(pack.at[i]), draws.factor(kept, i));
   }
 }
 
@@ -223,23 +222,22 @@ PARTUNE_FN void write_lora_pack(const LoraWrite<Real>& task, const LoraDraws<Rea
   constexpr int kPack = kPackSize<Stored>;
   const LoraMatrix& out = task.out;
   const int64_t count = token < out.tokens ? out.width - column : 0;
-  if (count > 0) {
+  const int64_t chunks = count > 0 ? out.chunks : 0;
 #pragma unroll 1
-    for (int64_t chunk = 0; chunk < out.chunks; ++chunk) {
-      const int64_t first = (token * out.chunks + chunk) * out.width + column;
-      Stored* to = static_cast<Stored*>(out.data) + first;
-      const bool aligned = is_wide_aligned(to);
-      WidePack<Stored> pack = {};
-      if (task.add) pack = load_wide<Stored>(to, count, aligned);
-      const uint32_t kept = draws.kept(first, count < kPack ? int(count) : kPack);
-      PARTUNE_UNROLL
-      for (int i = 0; i < kPack; ++i) {
-        Real value = multiply(sums[i], draws.factor(kept, i));
-        if (task.add) value += widen(pack.at[i]);
-        round_nearest(value, pack.at[i]);
-      }
-      store_wide(pack, to, count, aligned);
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const int64_t first = (token * out.chunks + chunk) * out.width + column;
+    Stored* to = static_cast<Stored*>(out.data) + first;
+    const bool aligned = is_wide_aligned(to);
+    WidePack<Stored> pack = {};
+    if (task.add) pack = load_wide<Stored>(to, count, aligned);
+    const uint32_t kept = draws.kept(first, count < kPack ? int(count) : kPack);
+    PARTUNE_UNROLL
+    for (int i = 0; i < kPack; ++i) {
+      Real value = multiply(sums[i], draws.factor(kept, i));
+      if (task.add) value += widen(pack.at[i]);
+      round_nearest(value, pack.at[i]);
     }
+    store_wide(pack, to, count, aligned);
   }
 }
 

@@ -24,68 +24,71 @@ PARTUNE_FN Real thin_element(const ThinMatrix<Real>& thin, int64_t rank, int64_t
   return multiply(thin.scale, sum);
 }
 
-// Dropout's factors of neighbouring elements, a counter drawn once for all that it serves.
+// Dropout's factors of neighbouring elements.
 template <typename Real>
 class LoraDraws {
  public:
   PARTUNE_MEMBER explicit LoraDraws(const LoraMatrix& matrix)
       : dropout_(matrix.dropout), scale_(dropout_scale<Real>(matrix.dropout)) {
-    if (!matrix.seed) return;
-    const uint64_t seed = uint64_t(*matrix.seed);
-    key_ = {uint32_t(seed), uint32_t(seed >> 32)};
-    step_ = uint32_t(*matrix.step);
+    if (matrix.seed) {
+      const uint64_t seed = uint64_t(*matrix.seed);
+      key_ = {uint32_t(seed), uint32_t(seed >> 32)};
+      step_ = uint32_t(*matrix.step);
+    }
   }
 
-  // Which of the `count` elements from `first` on are kept, as bits; the counters are drawn in a loop, which
-  // keeps the generator's code in one place.
-  PARTUNE_MEMBER uint32_t kept(int64_t first, int count) {
-    if (dropout_.dropped == 0) return ~0u;
-    uint32_t bits = 0;
+  // Which of the `count` elements from `first` on are kept, as bits.
+  PARTUNE_MEMBER uint32_t kept(int64_t first, int count) const {
+    uint32_t bits = ~0u;
+    if (dropout_.dropped != 0) {
+      const int skipped = int(first % kDrawsPerCounter);
+      const uint64_t counter = uint64_t(first) / kDrawsPerCounter;
+      bits = 0;
 #pragma unroll 1
-    for (int i = 0; i < count; ++i) bits |= uint32_t(is_kept(first + i)) << i;
+      for (int begin = 0; begin < skipped + count; begin += kDrawsPerCounter)
+        bits |= draw(counter + uint64_t(begin / kDrawsPerCounter)) << begin;
+      bits >>= skipped;
+    }
     return bits;
   }
 
   PARTUNE_MEMBER Real factor(uint32_t bits, int i) const { return bits >> i & 1u ? scale_ : Real(0); }
 
  private:
-  PARTUNE_MEMBER bool is_kept(int64_t index) {
-    const uint64_t counter = uint64_t(index) / kDrawsPerCounter;
-    if (counter != counter_) drawn_ = philox(counter, step_, dropout_.layer_id, key_);
-    counter_ = counter;
-    const int draw = int(index % kDrawsPerCounter);
-    const uint32_t low = draw & 2 ? drawn_.word[1] : drawn_.word[0];
-    const uint32_t high = draw & 2 ? drawn_.word[3] : drawn_.word[2];
-    const uint32_t word = draw & 4 ? high : low;
-    return (draw & 1 ? word >> 16 : word & 0xffffu) >= dropout_.dropped;
+  PARTUNE_MEMBER uint32_t draw(uint64_t counter) const {
+    const PhiloxBlock drawn = philox(counter, step_, dropout_.layer_id, key_);
+    uint32_t bits = 0;
+    PARTUNE_UNROLL
+    for (int word = 0; word < 4; ++word) {
+      bits |= uint32_t((drawn.word[word] & 0xffffu) >= dropout_.dropped) << (2 * word);
+      bits |= uint32_t(drawn.word[word] >> 16 >= dropout_.dropped) << (2 * word + 1);
+    }
+    return bits;
   }
 
   const BlockLoraDropout dropout_;
   const Real scale_;
   PhiloxKey key_ = {};
   uint32_t step_ = 0;
-  uint64_t counter_ = ~uint64_t(0);
-  PhiloxBlock drawn_ = {};
 };
 
 // kPackSize neighbours of a token from `column` on, chunks summed; zeros outside.
 template <typename Stored, typename Real>
-PARTUNE_FN void read_lora_pack(const LoraMatrix& x, LoraDraws<Real>& draws, int64_t token, int64_t column,
-                               Real (&values)[kPackSize<Stored>]) {
+PARTUNE_FN void read_lora_pack(const LoraMatrix& x, const LoraDraws<Real>& draws, int64_t token,
+                               int64_t column, Real (&values)[kPackSize<Stored>]) {
   constexpr int kPack = kPackSize<Stored>;
   PARTUNE_UNROLL
   for (int i = 0; i < kPack; ++i) values[i] = Real(0);
   const int64_t count = token < x.tokens ? x.width - column : 0;
-  if (count > 0) {
+  const int64_t chunks = count > 0 ? x.chunks : 0;
 #pragma unroll 1
-    for (int64_t chunk = 0; chunk < x.chunks; ++chunk) {
-      const int64_t first = (token * x.chunks + chunk) * x.width + column;
-      const Stored* from = static_cast<const Stored*>(x.data) + first;
-      const WidePack<Stored> pack = load_wide(from, count, is_wide_aligned(from));
-      const uint32_t kept = draws.kept(first, count < kPack ? int(count) : kPack);
-      PARTUNE_UNROLL
-      for (int i = 0; i < kPack; ++i) values[i] += multiply(widen(pack.at[i]), draws.factor(kept, i));
-    }
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const int64_t first = (token * x.chunks + chunk) * x.width + column;
+    const Stored* from = static_cast<const Stored*>(x.data) + first;
+    const WidePack<Stored> pack = load_wide(from, count, is_wide_aligned(from));
+    const uint32_t kept = draws.kept(first, count < kPack ? int(count) : kPack);
+    PARTUNE_UNROLL
+    for (int i = 0; i < kPack; ++i) values[i] += multiply(widen(pack.at[i]), draws.factor(kept, i));
   }
 }
 
@@ -109,7 +112,7 @@ struct LoraReader {
     first_rank = int64_t(blockIdx.z) * kGroups * kLoraRanks;
   }
 
-  PARTUNE_MEMBER void fill_x(int64_t first_token, LoraDraws<Real>& draws) const {
+  PARTUNE_MEMBER void fill_x(int64_t first_token, const LoraDraws<Real>& draws) const {
     constexpr int kPack = kPackSize<Stored>, kPacks = kColumns / kPack;
     for (int i = int(threadIdx.x); i < kTokens * kPacks; i += kBlock) {
       const int token = i / kPacks, column = i % kPacks * kPack;
@@ -166,7 +169,7 @@ __global__ void __launch_bounds__(kBlock) block_lora_read_kernel(LAUNCH_PARAMETE
   SHARED(typename Reader::Shared, shared, [1]);
   const Reader reader(task, shared[0]);
   typename Multiply::Sums sums[kGroups] = {};
-  LoraDraws<Real> draws(task.x);
+  const LoraDraws<Real> draws(task.x);
   const int64_t start = reader.block * task.block_tokens;
   const int64_t stop = start + task.block_tokens < task.x.tokens ? start + task.block_tokens : task.x.tokens;
 #pragma unroll 1
@@ -214,28 +217,27 @@ PARTUNE_FN void fill_expansion(const LoraWrite<Real>& task, int64_t first_token,
 
 // A pack of sums into each chunk of a token.
 template <typename Stored, typename Real>
-PARTUNE_FN void write_lora_pack(const LoraWrite<Real>& task, LoraDraws<Real>& draws, int64_t token,
+PARTUNE_FN void write_lora_pack(const LoraWrite<Real>& task, const LoraDraws<Real>& draws, int64_t token,
                                 int64_t column, const Real* sums) {
   constexpr int kPack = kPackSize<Stored>;
   const LoraMatrix& out = task.out;
   const int64_t count = token < out.tokens ? out.width - column : 0;
-  if (count > 0) {
+  const int64_t chunks = count > 0 ? out.chunks : 0;
 #pragma unroll 1
-    for (int64_t chunk = 0; chunk < out.chunks; ++chunk) {
-      const int64_t first = (token * out.chunks + chunk) * out.width + column;
-      Stored* to = static_cast<Stored*>(out.data) + first;
-      const bool aligned = is_wide_aligned(to);
-      WidePack<Stored> pack = {};
-      if (task.add) pack = load_wide<Stored>(to, count, aligned);
-      const uint32_t kept = draws.kept(first, count < kPack ? int(count) : kPack);
-      PARTUNE_UNROLL
-      for (int i = 0; i < kPack; ++i) {
-        Real value = multiply(sums[i], draws.factor(kept, i));
-        if (task.add) value += widen(pack.at[i]);
-        round_nearest(value, pack.at[i]);
-      }
-      store_wide(pack, to, count, aligned);
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const int64_t first = (token * out.chunks + chunk) * out.width + column;
+    Stored* to = static_cast<Stored*>(out.data) + first;
+    const bool aligned = is_wide_aligned(to);
+    WidePack<Stored> pack = {};
+    if (task.add) pack = load_wide<Stored>(to, count, aligned);
+    const uint32_t kept = draws.kept(first, count < kPack ? int(count) : kPack);
+    PARTUNE_UNROLL
+    for (int i = 0; i < kPack; ++i) {
+      Real value = multiply(sums[i], draws.factor(kept, i));
+      if (task.add) value += widen(pack.at[i]);
+      round_nearest(value, pack.at[i]);
     }
+    store_wide(pack, to, count, aligned);
   }
 }
 
@@ -262,7 +264,7 @@ __global__ void __launch_bounds__(kBlock) block_lora_write_kernel(LAUNCH_PARAMET
   }
   Multiply::store_sums(sums, [&](int token, int column, Real value) { stage[token][column] = value; });
   __syncthreads();
-  LoraDraws<Real> draws(task.out);
+  const LoraDraws<Real> draws(task.out);
 #pragma unroll 1
   for (int i = int(threadIdx.x); i < kTokens * kPacks; i += kBlock) {
     const int token = i / kPacks, column = i % kPacks * kPack;

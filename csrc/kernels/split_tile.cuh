@@ -67,8 +67,8 @@ PARTUNE_FN void multiply_by_shuffles(float (&d)[4], const uint32_t (&a)[4], cons
   for (int half = 0; half < 2; ++half) {
 #pragma unroll 1
     for (int from = 0; from < 4; ++from) {
-      const uint32_t rows[2] = {__shfl_sync(0xffffffffu, a[half * 2], row + from),
-                                __shfl_sync(0xffffffffu, a[half * 2 + 1], row + from)};
+      const uint32_t rows[2] = {__shfl_sync(0xffffffffu, half ? a[2] : a[0], row + from),
+                                __shfl_sync(0xffffffffu, half ? a[3] : a[1], row + from)};
       const uint32_t columns[2] = {__shfl_sync(0xffffffffu, b[half], column + from),
                                    __shfl_sync(0xffffffffu, b[half], column + 4 + from)};
       PARTUNE_UNROLL

@@ -44,7 +44,7 @@ class SampledGrad {
 
  private:
   static constexpr int kTokens = kWarpTokens<Stored>;
-  static constexpr int64_t kBlockEntries = kSampledGradBlock / 32 * kWarpEntries;
+  static constexpr int64_t kBlockEntries = int64_t{kSampledGradBlock} / 32 * kWarpEntries;
   static_assert(kTokenBlock % kTokens == 0 && kTokens % kPackTokens == 0, "packed tokens are whole reads");
 
   static cudaError_t pack(const void* factor, int64_t stride, int64_t first_token, int64_t tokens,

@@ -32,7 +32,7 @@ PARTUNE_FN void transpose(Tile<float>& tile) {
   for (int round = 0; round < 4; ++round) {
     Tile<float> next;
     PARTUNE_UNROLL
-    for (int i = 0; i < 8; ++i) {
+    for (int64_t i = 0; i < 8; ++i) {
       next[2 * i] = (Vector<float>)_mm512_permutex2var_ps((__m512)tile[i], low, (__m512)tile[i + 8]);
       next[2 * i + 1] = (Vector<float>)_mm512_permutex2var_ps((__m512)tile[i], high, (__m512)tile[i + 8]);
     }

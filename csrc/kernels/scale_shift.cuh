@@ -136,7 +136,8 @@ struct PlaneSegment {
 // SASS <float, float, 4>: LDG.E.128, STG.E.128
 // SASS <BFloat16, float, 8>: LDG.E.128, STG.E.128
 template <typename Stored, typename Real, int kPack, Activation kActivation, int kBlock>
-__global__ void __launch_bounds__(kBlock, sizeof(Real) == 8 ? 2 : 0) scale_shift_rows_kernel(const ScaleShiftTask task) {
+__global__ void __launch_bounds__(kBlock, sizeof(Real) == 8 ? 2 : 0)
+    scale_shift_rows_kernel(const ScaleShiftTask task) {
   const RowTile<kPack, kBlock> tile(task.layout);
   if (tile.position < tile.end) {
     PackVectors<kPack, Stored, Real> vectors;

@@ -35,16 +35,10 @@ class BlockLora {
                   arguments...);
   }
 
-  template <int kGroups>
-  static cudaError_t read_groups(const LoraRead<Real>& task, cudaStream_t stream) {
-    const int64_t blocks = (task.x.tokens + task.block_tokens - 1) / task.block_tokens;
-    constexpr int64_t kRanks = int64_t{kGroups} * kLoraRanks;
-    return launch(block_lora_read_kernel<Stored, Real, kGroups, kLoraBlock>,
-                  blocks * column_tiles(task.x.width), (task.thin.ranks + kRanks - 1) / kRanks, stream, task);
-  }
-
   static cudaError_t read(const LoraRead<Real>& task, cudaStream_t stream) {
-    return task.thin.ranks <= kLoraRanks ? read_groups<1>(task, stream) : read_groups<2>(task, stream);
+    const int64_t blocks = (task.x.tokens + task.block_tokens - 1) / task.block_tokens;
+    return launch(block_lora_read_kernel<Stored, Real, kLoraBlock>, blocks * column_tiles(task.x.width),
+                  (task.thin.ranks + kLoraRanks - 1) / kLoraRanks, stream, task);
   }
 
   static cudaError_t write(const LoraWrite<Real>& task, cudaStream_t stream) {

@@ -94,8 +94,8 @@ PARTUNE_FN void read_lora_pack(const LoraMatrix& x, const LoraDraws<Real>& draws
 
 // ---- one reading of a matrix ----
 
-// A block has a tile of columns, a block of tokens, and kGroups times kLoraRanks ranks.
-template <typename Stored, typename Real, int kGroups, int kBlock>
+// A block has a tile of columns, a block of tokens, and kLoraRanks ranks.
+template <typename Stored, typename Real, int kBlock>
 struct LoraReader {
   using Multiply = Products<Stored, Real, kBlock>;
   using Shared = typename Multiply::Shared;
@@ -109,7 +109,7 @@ struct LoraReader {
     tile = blockIdx.x % tiles;
     block = blockIdx.x / tiles;
     first_column = tile * kColumns;
-    first_rank = int64_t(blockIdx.z) * kGroups * kLoraRanks;
+    first_rank = int64_t(blockIdx.z) * kLoraRanks;
   }
 
   PARTUNE_MEMBER void fill_x(int64_t first_token, const LoraDraws<Real>& draws) const {
@@ -162,13 +162,13 @@ struct LoraReader {
 // SASS <float, float>: LDG.E.128
 // SASS <BFloat16, float>: LDG.E.128, LDSM
 // SASS <BFloat16, float> sm_80+: HMMA
-template <typename Stored, typename Real, int kGroups, int kBlock>
+template <typename Stored, typename Real, int kBlock>
 __global__ void __launch_bounds__(kBlock) block_lora_read_kernel(LAUNCH_PARAMETER(LoraRead<Real>) task) {
-  using Reader = LoraReader<Stored, Real, kGroups, kBlock>;
+  using Reader = LoraReader<Stored, Real, kBlock>;
   using Multiply = typename Reader::Multiply;
   SHARED(typename Reader::Shared, shared, [1]);
   const Reader reader(task, shared[0]);
-  typename Multiply::Sums sums[kGroups] = {};
+  typename Multiply::Sums sums = {};
   const LoraDraws<Real> draws(task.x);
   const int64_t start = reader.block * task.block_tokens;
   const int64_t stop = start + task.block_tokens < task.x.tokens ? start + task.block_tokens : task.x.tokens;
@@ -176,23 +176,13 @@ __global__ void __launch_bounds__(kBlock) block_lora_read_kernel(LAUNCH_PARAMETE
   for (int64_t token = start; token < stop; token += Reader::kTokens) {
     __syncthreads();  // the tile before has been read
     reader.fill_x(token, draws);
-    PARTUNE_UNROLL
-    for (int group = 0; group < kGroups; ++group) {
-      const int64_t rank = reader.first_rank + group * kLoraRanks;
-      if (group > 0) __syncthreads();
-      if (task.products) reader.fill_thin(rank);
-      if (task.sums) reader.fill_factors(token, rank);
-      __syncthreads();
-      if (task.products) reader.store_products(token, rank);
-      if (task.sums) Multiply::accumulate(reader.shared, sums[group]);
-    }
+    if (task.products) reader.fill_thin(reader.first_rank);
+    if (task.sums) reader.fill_factors(token, reader.first_rank);
+    __syncthreads();
+    if (task.products) reader.store_products(token, reader.first_rank);
+    if (task.sums) Multiply::accumulate(reader.shared, sums);
   }
-  if (task.sums) {
-    PARTUNE_UNROLL
-    for (int group = 0; group < kGroups; ++group) {
-      reader.store_sums(sums[group], reader.first_rank + group * kLoraRanks);
-    }
-  }
+  if (task.sums) reader.store_sums(sums, reader.first_rank);
 }
 
 // ---- a product added to memory ----

@@ -56,6 +56,12 @@ def test_dropout(ops: Any, device: torch.device, share: str, dtype: torch.dtype)
         check_backward(ops, tested, check_forward(ops, tested))
 
 
+@pytest.mark.parametrize("backend", ["cuda-emulated", GPU], indirect=True)
+def test_blocks_of_several_tiles_of_tokens(ops: Any, device: torch.device) -> None:
+    """The least of which a block reads two tiles, one after the other."""
+    check_forward(ops, case((64, 64 * 512, [(1, 1)], 1), torch.float64, device=device))
+
+
 @pytest.mark.parametrize("backend", ["cuda-emulated"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_without_tensor_cores_for_bfloat16(ops: Any, dtype: torch.dtype) -> None:
@@ -186,8 +192,11 @@ def test_dropout_keeps_its_share_and_the_mean(ops: Any) -> None:
     check_forward(ops, tested)
 
 
-def test_nan_and_infinity_stay_in_their_tokens(ops: Any, device: torch.device) -> None:
-    tested = case((5, 12, [(7, 4)], 2), torch.float32, device=device)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_and_infinity_stay_in_their_tokens(
+    ops: Any, device: torch.device, dtype: torch.dtype
+) -> None:
+    tested = case((5, 12, [(7, 4)], 2), dtype, device=device)
     clean, _ = tested.forward(ops.block_lora_)
     tested.input[1, 3], tested.input[3, 0] = torch.nan, torch.inf
     outputs, hidden = tested.forward(ops.block_lora_)
@@ -197,6 +206,21 @@ def test_nan_and_infinity_stay_in_their_tokens(ops: Any, device: torch.device) -
     grad_input, grad_downs, grad_ups = tested.backward(ops.block_lora_backward_, hidden)
     assert grad_input[2].isnan().all() and grad_input[[0, 1, 3, 4]].isfinite().all()
     assert grad_downs[0].isnan().any() and grad_ups[0][2].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_infinity_stays_infinity(ops: Any, device: torch.device, dtype: torch.dtype) -> None:
+    """All numbers are positive, and so are both parts of the adapters' in tensor cores."""
+    tested = case((5, 12, [(7, 4)], 2), dtype, device=device)
+    for adapter in (*tested.downs, *tested.ups):
+        adapter.fill_(1 + 2**-9)
+    tested.input.abs_()[3, 0] = torch.inf
+    tested.grads[0].abs_()[1, 2] = torch.inf
+    outputs, hidden = tested.forward(ops.block_lora_)
+    assert torch.equal(hidden.isposinf().all(1), torch.arange(5, device=device) == 3)
+    assert outputs[0][3].isposinf().all() and outputs[0][[0, 1, 2, 4]].isfinite().all()
+    grad_input, _, _ = tested.backward(ops.block_lora_backward_, hidden)
+    assert grad_input[1].isposinf().all() and grad_input[[0, 2, 3, 4]].isfinite().all()
 
 
 @on_cpu_and_gpu

@@ -75,6 +75,14 @@ def test_reference(device: torch.device, dtype: torch.dtype) -> None:
     assert_close(values, wanted)
 
 
+def test_several_panels(ops: Any, device: torch.device) -> None:
+    """Of 64 rows, the fewest that any backend's has."""
+    arguments = case((2, 65, 8200), torch.float64, density=0.002)
+    values, *rest = (argument.to(device, copy=True) for argument in arguments)
+    ops.sampled_grad_(values, *rest, route="panels")
+    assert_close(values, expected(*arguments))
+
+
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("kind", ["one row", "one column", "all", "none"])
 def test_skewed_selections(ops: Any, device: torch.device, kind: str, route: str) -> None:

@@ -50,10 +50,12 @@ class Mutant:
     kind: str
     before: str
     after: str
+    nth: int  # of those of its body that change the same
 
     @property
     def key(self) -> str:
-        return f"{self.body}: {self.before} -> {self.after}"
+        again = f" ({self.nth})" if self.nth > 1 else ""
+        return f"{self.body}: {self.before} -> {self.after}{again}"
 
 
 @dataclass
@@ -164,7 +166,9 @@ class Source:
             number = self.first + len(self.mutants)
             line = bisect.bisect(self.line_starts, self.tokens[first].start)
             name = str(self.path.relative_to(ROOT))
-            chosen.append(Mutant(number, name, line, body, kind, before, after))
+            same = [m for m in self.mutants if (m.body, m.before, m.after) == (body, before, after)]
+            nth = len(same) + 1
+            chosen.append(Mutant(number, name, line, body, kind, before, after, nth))
             self.mutants.append(chosen[-1])
         if chosen:
             self.edits.append((self.tokens[first].start, self.tokens[last - 1].end, chosen))

@@ -19,6 +19,7 @@ from block_lora_cases import (
     case,
     check_backward,
     check_forward,
+    on_cpu,
 )
 from op_cases import GPU, Backend, embed
 from partune.ops._block_lora_reference import dropout_factors
@@ -92,6 +93,20 @@ def test_an_input_gradient_is_overwritten(
     for share in SHARES:
         tested = case(MEDIUM, dtype, share=share, device=device)
         check_backward(ops, tested, check_forward(ops, tested), accumulate=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_dropped_gradient_keeps_its_sign(
+    ops: Any, device: torch.device, dtype: torch.dtype
+) -> None:
+    """As torch's dropout leaves negative zeros."""
+    tested = case(SMALL, dtype, dropout=0.3, device=device)
+    _, hidden = tested.forward(ops.block_lora_)
+    mine, _, _ = tested.backward(ops.block_lora_backward_, hidden, accumulate=False)
+    exact = replace(tested.exact(), options=on_cpu(tested.options))
+    reference = OPS["block_lora_backward_"].reference
+    theirs, _, _ = exact.backward(reference, hidden.double().cpu(), accumulate=False)
+    assert (mine == 0).any() and torch.equal(mine.signbit().cpu(), theirs.signbit())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -43,7 +43,7 @@ def test_dropout_is_of_the_input_before_its_chunks_are_summed():
         layer.weight.zero_()
     kept = layer(torch.ones(2000, 64)) * 0.75
     assert torch.allclose(kept, kept.round(), atol=1e-3)
-    assert 47.5 < float(kept.mean()) < 48.5, "three quarters of 64"
+    assert 47.5 < kept.mean().item() < 48.5, "three quarters of 64"
     assert float(kept.std()) > 2, "each row and feature is drawn for itself"
     assert torch.equal(layer.eval()(torch.ones(3, 64)), torch.full((3, 1), 64.0))
 

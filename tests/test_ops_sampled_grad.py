@@ -208,17 +208,19 @@ def test_in_a_compiled_backward(route: str) -> None:
 
     class Linear(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, x: Tensor, values: Tensor) -> Tensor:
-            ctx.save_for_backward(x)
-            return x @ weight.t()
+        def forward(ctx: Any, x: Tensor, values: Tensor, *frozen: Tensor) -> Tensor:
+            # torch 2.10 compiles no tensors of an outer scope here.
+            ctx.save_for_backward(x, *frozen)
+            return x @ frozen[0].t()
 
         @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-            (x,) = ctx.saved_tensors
-            return grad @ weight, public.sampled_grad(grad, x, crow, col, route=route)
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+            x, weight, crow, col = ctx.saved_tensors
+            values_grad = public.sampled_grad(grad, x, crow, col, route=route)
+            return grad @ weight, values_grad, None, None, None
 
     def loss(x: Tensor, values: Tensor) -> Tensor:
-        return (Linear.apply(x, values) * weight_grad).sum()
+        return (Linear.apply(x, values, weight, crow, col) * weight_grad).sum()
 
     gradients = []
     for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):

@@ -20,6 +20,8 @@ namespace {
 
 constexpr int64_t kPackColumns = 128;     // whose packed tokens are a small part of an L2 cache
 constexpr int64_t kEntriesOfThread = 64;  // not worth dividing further
+// Packed at once where a block of tokens takes less: threads wait for each other twice per packing.
+constexpr int64_t kWorkspaceBytes = int64_t(16) << 20;
 constexpr int64_t kPanelBytes = int64_t(2) << 20;
 
 int64_t row_of(const CsrView& csr, int64_t entry) {
@@ -46,50 +48,64 @@ class Sampled {
       : call_(call),
         element_size_(element_size),
         bodies_(bodies),
-        packed_(huge_pages((call.grad.columns + call.input.columns) * kPackedBytes), std::free),
-        grad_(packed_.get()),
-        input_(grad_ + call.grad.columns * kPackedBytes) {}
+        block_bytes_((call.grad.columns + call.input.columns) * kPackedBytes),
+        blocks_(std::clamp(kWorkspaceBytes / block_bytes_, int64_t(1),
+                           (call.tokens + bodies.block_tokens - 1) / bodies.block_tokens)),
+        packed_(huge_pages(blocks_ * block_bytes_), std::free) {}
 
   void run() const {
-    for (int64_t first = 0; first < call_.tokens; first += bodies_.block_tokens) {
-      const int64_t tokens = std::min(bodies_.block_tokens, call_.tokens - first);
-      pack(first, tokens);
-      multiply(tokens);
+    for (int64_t first = 0; first < call_.tokens; first += blocks_ * bodies_.block_tokens) {
+      const int64_t left = (call_.tokens - first + bodies_.block_tokens - 1) / bodies_.block_tokens;
+      pack(first, std::min(blocks_, left));
+      multiply(first, std::min(blocks_, left));
     }
   }
 
  private:
-  void pack(int64_t first_token, int64_t tokens) const {
+  int64_t tokens_of(int64_t first) const { return std::min(bodies_.block_tokens, call_.tokens - first); }
+
+  void pack(int64_t first_token, int64_t blocks) const {
     const int64_t of_grad = (call_.grad.columns + kPackColumns - 1) / kPackColumns;
-    const int64_t of_input = (call_.input.columns + kPackColumns - 1) / kPackColumns;
-    torch::stable::parallel_for(0, of_grad + of_input, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t units = of_grad + (call_.input.columns + kPackColumns - 1) / kPackColumns;
+    torch::stable::parallel_for(0, blocks * units, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t block = i / units, unit = i % units;
         const bool is_grad = unit < of_grad;
         const Factor& factor = is_grad ? call_.grad : call_.input;
         const int64_t column = (is_grad ? unit : unit - of_grad) * kPackColumns;
-        const char* data =
-            static_cast<const char*>(factor.data) + first_token * factor.stride * element_size_;
-        bodies_.pack(data, factor.stride, tokens, column, std::min(column + kPackColumns, factor.columns),
-                     is_grad ? grad_ : input_);
+        const int64_t token = first_token + block * bodies_.block_tokens;
+        const char* data = static_cast<const char*>(factor.data) + token * factor.stride * element_size_;
+        char* packed = packed_.get() + block * block_bytes_ + (is_grad ? 0 : grad_bytes());
+        bodies_.pack(data, factor.stride, tokens_of(token), column,
+                     std::min(column + kPackColumns, factor.columns), packed);
       }
     });
   }
 
-  void multiply(int64_t tokens) const {
-    const SampledGradBlock<Real> block{
-        grad_, input_, tokens, call_.input.columns, call_.csr, static_cast<Real*>(call_.values)};
+  void multiply(int64_t first_token, int64_t blocks) const {
     torch::stable::parallel_for(0, call_.csr.nnz, kEntriesOfThread, [&](int64_t begin, int64_t end) {
       const int64_t first_row = row_of(call_.csr, begin), last_row = row_of(call_.csr, end - 1) + 1;
       const std::unique_ptr<int64_t[]> cursors(new int64_t[size_t(last_row - first_row)]);
-      bodies_.product(block, first_row, last_row, begin, end, cursors.get());
+      for (int64_t i = 0; i < blocks; ++i) {
+        const char* grad = packed_.get() + i * block_bytes_;
+        const SampledGradBlock<Real> block{grad,
+                                           grad + grad_bytes(),
+                                           tokens_of(first_token + i * bodies_.block_tokens),
+                                           call_.input.columns,
+                                           call_.csr,
+                                           static_cast<Real*>(call_.values)};
+        bodies_.product(block, first_row, last_row, begin, end, cursors.get());
+      }
     });
   }
+
+  int64_t grad_bytes() const { return call_.grad.columns * kPackedBytes; }
 
   const SampledGradCall& call_;
   int64_t element_size_;
   const SampledGradBodies<Real>& bodies_;
-  std::unique_ptr<char, decltype(&std::free)> packed_;
-  char *grad_, *input_;  // [rows or columns, kPackedBytes]
+  int64_t block_bytes_, blocks_;                        // of a block of tokens; blocks packed at once
+  std::unique_ptr<char, decltype(&std::free)> packed_;  // [blocks, rows and columns, kPackedBytes]
 };
 
 template <typename Real>

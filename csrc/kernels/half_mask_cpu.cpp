@@ -83,14 +83,14 @@ class HalfStepper {
   Grad* grad() const { return static_cast<Grad*>(const_cast<void*>(at_.grad)); }
 
   // Entries [begin, end) of the live rows, each of which lies side by side. The machine's own prefetcher
-  // runs on into frozen rows: live ones are asked for two rows ahead.
+  // runs on into frozen rows: a live one behind them is asked for two rows ahead.
   void step_rows(int64_t begin, int64_t end) {
     int64_t slot = begin / at_.columns, column = begin % at_.columns;
     while (begin < end) {
       int64_t count = at_.columns - column < end - begin ? at_.columns - column : end - begin;
       if (count > kStrip) count = kStrip;
       const int64_t row = m_.live[slot];
-      if (slot + 2 < m_.live_count) {
+      if (slot + 2 < m_.live_count && m_.live[slot + 2] != m_.live[slot + 1] + 1) {
         const int64_t ahead = m_.live[slot + 2];
         request(weight() + ahead * at_.weight_row_stride + column, count);
         request(grad() + ahead * at_.grad_row_stride + column, count);

@@ -9,8 +9,9 @@ namespace partune {
 namespace PARTUNE_ISA {
 namespace {
 
-constexpr int kTile = 128;  // short enough that arithmetic overlaps the neighbours' waits for memory
-constexpr int kAhead = 4;   // tiles between the request of a line and its use
+constexpr int kTile = 64;        // short enough that arithmetic overlaps the neighbours' waits for memory
+constexpr int kAhead = 4;        // tiles between the request of a line and its use
+constexpr int kDenseTile = 256;  // where all entries are stepped, which needs no such waits
 
 // Where the entries of a tile are: in the matrix (row·columns + column), and in memory.
 struct TileOffsets {
@@ -111,21 +112,19 @@ void gather_both(const Weight* weight, const Grad* grad, const int64_t* offsets,
   }
 }
 
+// Steps the entries of a CSR.
 template <typename Weight, typename Grad, typename State, typename Real>
-class Stepper {
+class SparseStepper {
  public:
-  Stepper(const SparseAdamWMatrix& m, const SparseAdamWStep& s)
-      : m_(m), is_sparse_(m.crow_indices != nullptr), stepper_(m, s) {}
+  SparseStepper(const SparseAdamWMatrix& m, const SparseAdamWStep& s) : m_(m), stepper_(m, s) {}
 
   void run(int64_t begin, int64_t end) {
     TileOffsets ring[kAhead + 1];  // the tile at `place`, then those to come
-    Cursor cursor{begin, is_sparse_ ? row_of(m_.crow_indices, 0, m_.rows - 1, begin) : 0};
-    if (is_sparse_) {
-      for (int i = 0; i < kAhead && cursor.position < end; ++i) {
-        const int count = int(end - cursor.position < kTile ? end - cursor.position : kTile);
-        locate(m_, cursor, end, ring[i]);
-        request_tile(count, ring[i]);
-      }
+    Cursor cursor{begin, row_of(m_.crow_indices, 0, m_.rows - 1, begin)};
+    for (int i = 0; i < kAhead && cursor.position < end; ++i) {
+      const int count = int(end - cursor.position < kTile ? end - cursor.position : kTile);
+      locate(m_, cursor, end, ring[i]);
+      request_tile(count, ring[i]);
     }
     int place = 0;
     for (int64_t tile = begin; tile < end; tile += kTile) {
@@ -133,11 +132,7 @@ class Stepper {
       TileOffsets& now = ring[place];
       TileOffsets& ahead = ring[place == 0 ? kAhead : place - 1];
       const bool ahead_is_full = tile + (kAhead + 1) * int64_t(kTile) <= end;
-      if (is_sparse_) {
-        if (cursor.position < end) locate(m_, cursor, end, ahead);
-      } else if (stepper_.draws()) {
-        for (int i = 0; i < count; ++i) now.index[i] = tile + i;
-      }
+      if (cursor.position < end) locate(m_, cursor, end, ahead);
       step_tile(tile, count, now, ahead_is_full ? ahead : now);
       place = place == kAhead ? 0 : place + 1;
     }
@@ -178,26 +173,48 @@ class Stepper {
   }
 
   void step_tile(int64_t tile, int count, const TileOffsets& now, const TileOffsets& ahead) {
-    if (is_sparse_) gather_tile(count, now, ahead);
-    const bool grad_in_place = !is_sparse_ || m_.grad_is_compact;
-    Weight* const weight = is_sparse_ ? raw_weight_ : static_cast<Weight*>(m_.weight) + tile;
-    Grad* const grad = grad_in_place ? static_cast<Grad*>(const_cast<void*>(m_.grad)) + tile : raw_grad_;
-    if (!is_sparse_) request_page(weight, count);
-    if (grad_in_place) request_page(grad, count);
-    stepper_.step(tile, count, weight, grad, now.index);
-    if (is_sparse_) scatter(raw_weight_, weight_offsets(now), count, static_cast<Weight*>(m_.weight));
+    gather_tile(count, now, ahead);
+    Grad* grad = raw_grad_;
+    if (m_.grad_is_compact) {
+      grad = static_cast<Grad*>(const_cast<void*>(m_.grad)) + tile;
+      request_page(grad, count);
+    }
+    stepper_.step(tile, count, raw_weight_, grad, now.index);
+    scatter(raw_weight_, weight_offsets(now), count, static_cast<Weight*>(m_.weight));
   }
 
   const SparseAdamWMatrix& m_;
-  const bool is_sparse_;
   TileStepper<Weight, Grad, State, Real, kTile> stepper_;
   Weight raw_weight_[kTile];
   Grad raw_grad_[kTile];
 };
 
+// Steps entries [begin, end) of a dense parameter, where they are.
+template <typename Weight, typename Grad, typename State, typename Real>
+void step_dense(const SparseAdamWMatrix& m, const SparseAdamWStep& s, int64_t begin, int64_t end) {
+  TileStepper<Weight, Grad, State, Real, kDenseTile> stepper(m, s);
+  int64_t index[kDenseTile];
+  for (int64_t tile = begin; tile < end; tile += kDenseTile) {
+    const int count = int(end - tile < kDenseTile ? end - tile : kDenseTile);
+    Weight* weight = static_cast<Weight*>(m.weight) + tile;
+    Grad* grad = static_cast<Grad*>(const_cast<void*>(m.grad)) + tile;
+    if (stepper.draws()) {
+      for (int i = 0; i < count; ++i) index[i] = tile + i;
+    }
+    request_page(weight, count);
+    request_page(grad, count);
+    stepper.step(tile, count, weight, grad, index);
+  }
+}
+
 template <typename Weight, typename Grad, typename State, typename Real>
 void step(const SparseAdamWMatrix& m, const SparseAdamWStep& s, int64_t begin, int64_t end) {
-  if (begin < end) Stepper<Weight, Grad, State, Real>(m, s).run(begin, end);
+  if (begin >= end) return;
+  if (m.crow_indices) {
+    SparseStepper<Weight, Grad, State, Real>(m, s).run(begin, end);
+  } else {
+    step_dense<Weight, Grad, State, Real>(m, s, begin, end);
+  }
 }
 
 template <typename Grad, typename Real>

@@ -13,14 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from partune.optim._update import Call
+from partune.optim._refresh import selection_states
+from partune.optim._update import Call, is_known_zero
+from partune.selection.protocol import observes
 
-_OPTIONS = ("betas", "weight_decay", "eps", "eps_mode", "maximize", "seed", "skip_nonfinite")
-_STATE = ("exp_avg", "exp_avg_sq", "step", "parameter_id", "master")
+_OPTIONS = (
+    "betas", "weight_decay", "eps", "eps_mode", "maximize", "seed", "skip_nonfinite", "selection",
+)  # fmt: skip
+_STATE = (
+    "exp_avg", "exp_avg_sq", "step", "parameter_id", "master", "crow_indices", "col_indices",
+    "selection",
+)  # fmt: skip
 
 
 def _options(group: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(group[name] for name in _OPTIONS)
+    return tuple(group.get(name) for name in _OPTIONS)
 
 
 class _Member:
@@ -29,13 +36,25 @@ class _Member:
     def __init__(self, parameter: Tensor, state: dict[str, Any]) -> None:
         assert parameter.grad is not None
         self.parameter, self.state = parameter, state
+        self._selections = selection_states(state) if "selection" in state else []
         self._values = [state.get(name) for name in _STATE]
         self._address = parameter.data_ptr()
         self._dtype, self._strides = parameter.grad.dtype, parameter.stride()
 
-    def gradient(self) -> Tensor | None:
-        """The gradient; None where the call wouldn't be the same."""
+    def count(self) -> None:
+        """Count the step for the selection, which is only due at some."""
+        for selection in self._selections:
+            selection["step"] += 1
+
+    def gradient(self, interval: int | None) -> Tensor | None:
+        """The gradient; None where the call wouldn't be the same.
+
+        Args:
+            interval: steps between selections; None or 0: none is due.
+        """
         parameter, grad = self.parameter, self.parameter.grad
+        if interval and any((own["step"] + 1) % interval == 0 for own in self._selections):
+            return None
         if (
             grad is None
             or not parameter.requires_grad
@@ -52,9 +71,18 @@ class _Member:
 class LastStep:
     """The calls of a step, and how to tell that the next one makes the same ones."""
 
+    @staticmethod
+    def of(param_groups: Sequence[dict[str, Any]], calls: Sequence[Call]) -> LastStep | None:
+        """None where each step looks at its gradients before it is taken."""
+        for group in param_groups:
+            selection = group.get("selection")
+            if group["skip_nonfinite"] or (selection is not None and observes(selection)):
+                return None
+        return LastStep(param_groups, calls)
+
     def __init__(self, param_groups: Sequence[dict[str, Any]], calls: Sequence[Call]) -> None:
         self._groups = [(group, list(group["params"]), _options(group)) for group in param_groups]
-        self.calls = calls
+        self._calls = calls
         self._members = [
             [_Member(*both) for both in zip(call.parameters, call.states, strict=True)]
             for call in calls
@@ -67,7 +95,22 @@ class LastStep:
             if id(parameter) not in stepped
         ]
 
-    def gradients(
+    def take_again(
+        self, param_groups: Sequence[dict[str, Any]], states: Mapping[Tensor, dict[str, Any]]
+    ) -> bool:
+        """Take the step with new gradients, where that is what the next one would do."""
+        if any(is_known_zero(group["lr"]) for group in param_groups):
+            return False
+        gradients = self._gradients(param_groups, states)
+        if gradients is None:
+            return False
+        for call, members, grads in zip(self._calls, self._members, gradients, strict=True):
+            for member in members:
+                member.count()
+            call.run(grads, None, None, again=True)
+        return True
+
+    def _gradients(
         self, param_groups: Sequence[dict[str, Any]], states: Mapping[Tensor, dict[str, Any]]
     ) -> list[list[Tensor]] | None:
         """The gradients for each call; None where the next step isn't the last one again."""
@@ -78,13 +121,14 @@ class LastStep:
                 return None
             if not all(map(is_, group["params"], parameters)) or _options(group) != options:
                 return None
-        if any(p.grad is not None and p.requires_grad for p in self._others):
+        if any(parameter.grad is not None for parameter in self._others):
             return None
         gradients: list[list[Tensor]] = []
-        for members in self._members:
+        for call, members in zip(self._calls, self._members, strict=True):
+            interval = call.group.get("refresh_interval")
             gradients.append([])
             for member in members:
-                grad = member.gradient()
+                grad = member.gradient(interval)
                 if grad is None or states.get(member.parameter) is not member.state:
                     return None
                 gradients[-1].append(grad)

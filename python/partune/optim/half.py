@@ -152,8 +152,10 @@ class HalfAdamW(Optimizer):
         # GradScaler hands these over for the length of a step.
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
-        if found_inf is None and grad_scale is None and self._step_again():
+        last, unscaled = self._last_step, found_inf is None and grad_scale is None
+        if last and unscaled and last.take_again(self.param_groups, self.state):
             return loss
+        self._last_step = None  # what it holds of the state may be replaced, and is freed then
         updates = update_.collect_updates(self.param_groups, self.state, self._halves)
         updates = update_.with_gradient([u for u in updates if u.parameter.requires_grad])
         revocable = any(group["skip_nonfinite"] for group in self.param_groups)
@@ -169,23 +171,8 @@ class HalfAdamW(Optimizer):
         for update in updates:
             update_.prepare_state(update, self.state, grad_scale)
         calls = update_.step_all(updates, grad_scale, found_inf)
-        if not revocable:
-            self._last_step = LastStep(self.param_groups, calls)
+        self._last_step = LastStep.of(self.param_groups, calls)
         return loss
-
-    def _step_again(self) -> bool:
-        """Take the last step again with new gradients, where that is what a step would do."""
-        if self._last_step is None or any(
-            group["skip_nonfinite"] or update_.is_known_zero(group["lr"])
-            for group in self.param_groups
-        ):
-            return False
-        gradients = self._last_step.gradients(self.param_groups, self.state)
-        if gradients is None:
-            return False
-        for call, grads in zip(self._last_step.calls, gradients, strict=True):
-            call.run(grads, None, None, again=True)
-        return True
 
     @torch.no_grad()
     def next_round(self, seed: int | HalfPlan) -> HalfPlan:

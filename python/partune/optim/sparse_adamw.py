@@ -12,6 +12,7 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 from partune.ops.csr import mask_from_csr
 from partune.optim import _update as update_
 from partune.optim._checkpoint import plain_selections, restore
+from partune.optim._last_step import LastStep
 from partune.optim._options import (
     check_options,
     check_parameters,
@@ -67,6 +68,7 @@ class SparseAdamW(Optimizer):
     """
 
     _step_supports_amp_scaling = True
+    _last_step: LastStep | None = None
 
     def __init__(
         self,
@@ -140,6 +142,10 @@ class SparseAdamW(Optimizer):
         # GradScaler hands these over for the length of a step.
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
+        last, unscaled = self._last_step, found_inf is None and grad_scale is None
+        if last and unscaled and last.take_again(self.param_groups, self.state):
+            return loss
+        self._last_step = None  # what it holds of the state may be replaced, and is freed then
         updates = update_.with_gradient(update_.collect_updates(self.param_groups, self.state))
         update_.correct_counts(updates)
         revocable = any(group["skip_nonfinite"] for group in self.param_groups)
@@ -159,7 +165,8 @@ class SparseAdamW(Optimizer):
             found_inf = nonfinite if found_inf is None else torch.maximum(nonfinite, found_inf)
         for update in updates:
             update_.prepare_state(update, self.state, grad_scale)
-        update_.step_all(updates, grad_scale, found_inf)
+        calls = update_.step_all(updates, grad_scale, found_inf)
+        self._last_step = LastStep.of(self.param_groups, calls)
         return loss
 
     @torch.no_grad()
@@ -169,6 +176,7 @@ class SparseAdamW(Optimizer):
         Raises:
             ValueError: a selection by gradients where a parameter has none.
         """
+        self._last_step = None
         for update in update_.collect_updates(self.param_groups, self.state):
             if update.selected:
                 update_.choose_on_demand(update)
@@ -220,5 +228,6 @@ class SparseAdamW(Optimizer):
             if replaced is not None:
                 state_dict = replaced
         self.__setstate__(restore(self.param_groups, state_dict))
+        self._last_step = None
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)

@@ -86,13 +86,8 @@ class LoraCalls {
 
   ThinMatrix<Real> thin_up(size_t i) const {
     const BlockLoraMemberShape& m = members_[i];
-    return {static_cast<const Real*>(a_.ups[i].const_data_ptr()),
-            m.rank,
-            1,
-            m.rank,
-            group_.arms,
-            m.out * m.rank,
-            Real(a_.scales[i])};
+    const Real* data = static_cast<const Real*>(a_.ups[i].const_data_ptr());
+    return {data, m.rank, m.out, group_.arms, true, Real(a_.scales[i])};
   }
 
   // The members' down-projections as one matrix.
@@ -110,11 +105,11 @@ class LoraCalls {
         to += down.numel();
       }
     }
-    return {data, shape.ranks, shape.width, 1, 1, 0, Real(1)};
+    return {data, shape.ranks, shape.width, 1, false, Real(1)};
   }
 
   LoraRead<Real> read_task(const LoraMatrix& x, const ThinMatrix<Real>& thin) const {
-    return {x, thin, nullptr, nullptr, 0, nullptr, launchers_.block_tokens(x.tokens, x.width)};
+    return {x, thin, nullptr, {}, nullptr, launchers_.block_tokens(x.tokens, x.width)};
   }
 
   static int64_t blocks_of(const LoraRead<Real>& task) {
@@ -125,8 +120,7 @@ class LoraCalls {
   Tensor read_sums(LoraRead<Real>& task, const Real* factors, int64_t factor_stride) const {
     const Tensor sums = empty_like_lora(a_.input, blocks_of(task) * task.thin.ranks * task.x.width);
     task.sums = static_cast<Real*>(sums.mutable_data_ptr());
-    task.factors = factors;
-    task.factor_stride = factor_stride;
+    task.factors = {factors, task.x.tokens, task.thin.ranks, factor_stride};
     check(launchers_.read(task, stream_));
     return sums;
   }
@@ -171,7 +165,8 @@ class LoraCalls {
   }
 
   void write(const LoraMatrix& out, const ThinMatrix<Real>& thin, const Real* factors, bool add) const {
-    check(launchers_.write({out, thin, factors, group_.shape.ranks, add}, stream_));
+    const LoraFactors<Real> rows{factors, out.tokens, thin.ranks, group_.shape.ranks};
+    check(launchers_.write({out, thin, rows, add}, stream_));
   }
 
   const char* op_;

@@ -35,16 +35,31 @@ class BlockLora {
                   arguments...);
   }
 
+  template <bool kProducts, bool kSums, bool kDropout>
+  static constexpr auto kReadKernel =
+      block_lora_read_kernel<Stored, Real, kProducts, kSums, kDropout, kLoraBlock>;
+
+  // The kernel that makes all that a task wants.
+  static auto read_kernel(const LoraRead<Real>& task) {
+    const bool dropout = task.x.seed != nullptr;
+    if (task.products && task.sums) return kReadKernel<true, true, false>;
+    if (task.products) return dropout ? kReadKernel<true, false, true> : kReadKernel<true, false, false>;
+    return dropout ? kReadKernel<false, true, true> : kReadKernel<false, true, false>;
+  }
+
   static cudaError_t read(const LoraRead<Real>& task, cudaStream_t stream) {
+    if (task.products && task.sums && task.x.seed) return cudaErrorInvalidValue;
     const int64_t blocks = (task.x.tokens + task.block_tokens - 1) / task.block_tokens;
-    return launch(block_lora_read_kernel<Stored, Real, kLoraBlock>, blocks * column_tiles(task.x.width),
+    return launch(read_kernel(task), blocks * column_tiles(task.x.width),
                   (task.thin.ranks + kLoraRanks - 1) / kLoraRanks, stream, task);
   }
 
   static cudaError_t write(const LoraWrite<Real>& task, cudaStream_t stream) {
     const int64_t rows = (task.out.tokens + Tile::kTokens - 1) / Tile::kTokens;
     const int64_t tiles = (task.out.width + Tile::kOutColumns - 1) / Tile::kOutColumns;
-    return launch(block_lora_write_kernel<Stored, Real, kLoraBlock>, rows * tiles, 1, stream, task);
+    const auto kernel = task.out.seed ? block_lora_write_kernel<Stored, Real, true, kLoraBlock>
+                                      : block_lora_write_kernel<Stored, Real, false, kLoraBlock>;
+    return launch(kernel, rows * tiles, 1, stream, task);
   }
 
   static cudaError_t sum(const LoraSum<Real>& task, cudaStream_t stream) {

@@ -18,43 +18,75 @@ constexpr int kLoraBlock = 256;
 
 template <typename Real>
 PARTUNE_FN Real thin_element(const ThinMatrix<Real>& thin, int64_t rank, int64_t column) {
-  const Real* from = thin.data + rank * thin.rank_stride + column * thin.column_stride;
-  Real sum = from[0];
-  for (int64_t arm = 1; arm < thin.arms; ++arm) sum += from[arm * thin.arm_stride];
+  const int64_t at = thin.transposed ? column * thin.ranks + rank : rank * thin.width + column;
+  Real sum = thin.data[at];
+#pragma unroll 2
+  for (int64_t arm = 1; arm < thin.arms; ++arm) sum += thin.data[arm * thin.ranks * thin.width + at];
   return multiply(thin.scale, sum);
 }
 
-// Dropout's factors of neighbouring elements.
-template <typename Real>
+// kLoraRanks ranks of kColumns columns; zeros outside.
+template <int kBlock, int kColumns, typename Real, typename Shared>
+PARTUNE_FN void fill_thin(const ThinMatrix<Real>& thin, int64_t first_rank, int64_t first_column,
+                          Shared& shared) {
+  for (int i = int(threadIdx.x); i < kLoraRanks * kColumns; i += kBlock) {
+    // Neighbouring threads take what lies side by side in memory.
+    const int r = thin.transposed ? i % kLoraRanks : i / kColumns;
+    const int c = thin.transposed ? i / kLoraRanks : i % kColumns;
+    const bool exists = first_rank + r < thin.ranks && first_column + c < thin.width;
+    shared.put_thin(r, c, exists ? thin_element(thin, first_rank + r, first_column + c) : Real(0));
+  }
+}
+
+// kLoraRanks ranks of kTokens tokens; zeros outside.
+template <int kBlock, int kTokens, typename Real, typename Shared>
+PARTUNE_FN void fill_factors(const LoraFactors<Real>& factors, int64_t first_token, int64_t first_rank,
+                             Shared& shared) {
+  for (int i = int(threadIdx.x); i < kLoraRanks * kTokens; i += kBlock) {
+    const int token = i / kLoraRanks, r = i % kLoraRanks;
+    const bool exists = first_token + token < factors.tokens && first_rank + r < factors.ranks;
+    const int64_t at = (first_token + token) * factors.stride + first_rank + r;
+    shared.put_factor(token, r, exists ? factors.data[at] : Real(0));
+  }
+}
+
+// Dropout of neighbouring elements.
+template <typename Real, bool kDropout>
 class LoraDraws {
  public:
   PARTUNE_MEMBER explicit LoraDraws(const LoraMatrix& matrix)
       : dropout_(matrix.dropout), scale_(dropout_scale<Real>(matrix.dropout)) {
-    if (matrix.seed) {
+    if constexpr (kDropout) {
       const uint64_t seed = uint64_t(*matrix.seed);
       key_ = {uint32_t(seed), uint32_t(seed >> 32)};
       step_ = uint32_t(*matrix.step);
     }
   }
 
-  // Which of the `count` elements from `first` on are kept, as bits.
-  PARTUNE_MEMBER uint32_t kept(int64_t first, int count) const {
-    uint32_t bits = ~0u;
-    if (dropout_.dropped != 0) {
-      const int skipped = int(first % kDrawsPerCounter);
-      const uint64_t counter = uint64_t(first) / kDrawsPerCounter;
-      bits = 0;
-#pragma unroll 1
-      for (int begin = 0; begin < skipped + count; begin += kDrawsPerCounter)
-        bits |= draw(counter + uint64_t(begin / kDrawsPerCounter)) << begin;
-      bits >>= skipped;
+  // Multiplies the values, the first of which is element `first`, by their factors.
+  template <int kPack>
+  PARTUNE_MEMBER void apply(int64_t first, Real (&values)[kPack]) const {
+    if constexpr (kDropout) {
+      const uint32_t bits = kept<kPack>(first);
+      PARTUNE_UNROLL
+      for (int i = 0; i < kPack; ++i) values[i] = multiply(values[i], bits >> i & 1u ? scale_ : Real(0));
     }
-    return bits;
   }
 
-  PARTUNE_MEMBER Real factor(uint32_t bits, int i) const { return bits >> i & 1u ? scale_ : Real(0); }
-
  private:
+  // Which of the kPack elements from `first` on are kept, as bits.
+  template <int kPack>
+  PARTUNE_MEMBER uint32_t kept(int64_t first) const {
+    constexpr int kLast = kPack - 1;
+    const int skipped = int(first % kDrawsPerCounter);
+    const uint64_t counter = uint64_t(first) / kDrawsPerCounter;
+    uint32_t bits = 0;
+#pragma unroll 1
+    for (int begin = 0; begin <= skipped + kLast; begin += kDrawsPerCounter)
+      bits |= draw(counter + uint64_t(begin / kDrawsPerCounter)) << begin;
+    return bits >> skipped;
+  }
+
   PARTUNE_MEMBER uint32_t draw(uint64_t counter) const {
     const PhiloxBlock drawn = philox(counter, step_, dropout_.layer_id, key_);
     uint32_t bits = 0;
@@ -73,22 +105,24 @@ class LoraDraws {
 };
 
 // kPackSize neighbours of a token from `column` on, chunks summed; zeros outside.
-template <typename Stored, typename Real>
-PARTUNE_FN void read_lora_pack(const LoraMatrix& x, const LoraDraws<Real>& draws, int64_t token,
-                               int64_t column, Real (&values)[kPackSize<Stored>]) {
+template <typename Stored, typename Real, bool kDropout>
+PARTUNE_FN void read_lora_pack(const LoraMatrix& x, const LoraDraws<Real, kDropout>& draws, int64_t token,
+                               int64_t column, Real (&sums)[kPackSize<Stored>]) {
   constexpr int kPack = kPackSize<Stored>;
   PARTUNE_UNROLL
-  for (int i = 0; i < kPack; ++i) values[i] = Real(0);
+  for (int i = 0; i < kPack; ++i) sums[i] = Real(0);
   const int64_t count = token < x.tokens ? x.width - column : 0;
-  const int64_t chunks = count > 0 ? x.chunks : 0;
 #pragma unroll 1
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+  for (int64_t chunk = 0; chunk < x.chunks; ++chunk) {
     const int64_t first = (token * x.chunks + chunk) * x.width + column;
     const Stored* from = static_cast<const Stored*>(x.data) + first;
     const WidePack<Stored> pack = load_wide(from, count, is_wide_aligned(from));
-    const uint32_t kept = draws.kept(first, count < kPack ? int(count) : kPack);
+    Real values[kPack];
     PARTUNE_UNROLL
-    for (int i = 0; i < kPack; ++i) values[i] += multiply(widen(pack.at[i]), draws.factor(kept, i));
+    for (int i = 0; i < kPack; ++i) values[i] = widen(pack.at[i]);
+    draws.apply(first, values);
+    PARTUNE_UNROLL
+    for (int i = 0; i < kPack; ++i) sums[i] += values[i];
   }
 }
 
@@ -112,7 +146,8 @@ struct LoraReader {
     first_rank = int64_t(blockIdx.z) * kLoraRanks;
   }
 
-  PARTUNE_MEMBER void fill_x(int64_t first_token, const LoraDraws<Real>& draws) const {
+  template <bool kDropout>
+  PARTUNE_MEMBER void fill_x(int64_t first_token, const LoraDraws<Real, kDropout>& draws) const {
     constexpr int kPack = kPackSize<Stored>, kPacks = kColumns / kPack;
     for (int i = int(threadIdx.x); i < kTokens * kPacks; i += kBlock) {
       const int token = i / kPacks, column = i % kPacks * kPack;
@@ -123,37 +158,18 @@ struct LoraReader {
     }
   }
 
-  PARTUNE_MEMBER void fill_thin(int64_t rank) const {
-    for (int i = int(threadIdx.x); i < kLoraRanks * kColumns; i += kBlock) {
-      // Neighbouring threads take what lies side by side in memory.
-      const bool by_rank = task.thin.rank_stride == 1;
-      const int r = by_rank ? i % kLoraRanks : i / kColumns, c = by_rank ? i / kLoraRanks : i % kColumns;
-      const bool exists = rank + r < task.thin.ranks && first_column + c < task.x.width;
-      shared.put_thin(r, c, exists ? thin_element(task.thin, rank + r, first_column + c) : Real(0));
-    }
-  }
-
-  PARTUNE_MEMBER void fill_factors(int64_t first_token, int64_t rank) const {
-    for (int i = int(threadIdx.x); i < kLoraRanks * kTokens; i += kBlock) {
-      const int token = i / kLoraRanks, r = i % kLoraRanks;
-      const bool exists = first_token + token < task.x.tokens && rank + r < task.thin.ranks;
-      const int64_t at = (first_token + token) * task.factor_stride + rank + r;
-      shared.put_factor(token, r, exists ? task.factors[at] : Real(0));
-    }
-  }
-
-  PARTUNE_MEMBER void store_products(int64_t first_token, int64_t rank) const {
+  PARTUNE_MEMBER void store_products(int64_t first_token) const {
     Multiply::project(shared, [&](int token, int r, Real value) {
       const int64_t row = tile * task.x.tokens + first_token + token;
-      if (first_token + token < task.x.tokens && rank + r < task.thin.ranks)
-        task.products[row * task.thin.ranks + rank + r] = value;
+      if (first_token + token < task.x.tokens && first_rank + r < task.thin.ranks)
+        task.products[row * task.thin.ranks + first_rank + r] = value;
     });
   }
 
-  PARTUNE_MEMBER void store_sums(const typename Multiply::Sums& sums, int64_t rank) const {
+  PARTUNE_MEMBER void store_sums(const typename Multiply::Sums& sums) const {
     Multiply::store_sums(sums, [&](int r, int c, Real value) {
-      const int64_t row = block * task.thin.ranks + rank + r;
-      if (rank + r < task.thin.ranks && first_column + c < task.x.width)
+      const int64_t row = block * task.thin.ranks + first_rank + r;
+      if (first_rank + r < task.thin.ranks && first_column + c < task.x.width)
         task.sums[row * task.x.width + first_column + c] = value;
     });
   }
@@ -162,71 +178,56 @@ struct LoraReader {
 // SASS <float, float>: LDG.E.128
 // SASS <BFloat16, float>: LDG.E.128, LDSM
 // SASS <BFloat16, float> sm_80+: HMMA
-template <typename Stored, typename Real, int kBlock>
+template <typename Stored, typename Real, bool kProducts, bool kSums, bool kDropout, int kBlock>
 __global__ void __launch_bounds__(kBlock) block_lora_read_kernel(LAUNCH_PARAMETER(LoraRead<Real>) task) {
   using Reader = LoraReader<Stored, Real, kBlock>;
   using Multiply = typename Reader::Multiply;
   SHARED(typename Reader::Shared, shared, [1]);
   const Reader reader(task, shared[0]);
   typename Multiply::Sums sums = {};
-  const LoraDraws<Real> draws(task.x);
+  const LoraDraws<Real, kDropout> draws(task.x);
+  if constexpr (kProducts)
+    fill_thin<kBlock, Reader::kColumns>(task.thin, reader.first_rank, reader.first_column, shared[0]);
   const int64_t start = reader.block * task.block_tokens;
-  const int64_t stop = start + task.block_tokens < task.x.tokens ? start + task.block_tokens : task.x.tokens;
+  const int64_t stop = smaller(start + task.block_tokens, task.x.tokens);
 #pragma unroll 1
   for (int64_t token = start; token < stop; token += Reader::kTokens) {
     __syncthreads();  // the tile before has been read
     reader.fill_x(token, draws);
-    if (task.products) reader.fill_thin(reader.first_rank);
-    if (task.sums) reader.fill_factors(token, reader.first_rank);
+    if constexpr (kSums)
+      fill_factors<kBlock, Reader::kTokens>(task.factors, token, reader.first_rank, shared[0]);
     __syncthreads();
-    if (task.products) reader.store_products(token, reader.first_rank);
-    if (task.sums) Multiply::accumulate(reader.shared, sums);
+    if constexpr (kProducts) reader.store_products(token);
+    if constexpr (kSums) Multiply::accumulate(shared[0], sums);
   }
-  if (task.sums) reader.store_sums(sums, reader.first_rank);
+  if constexpr (kSums) reader.store_sums(sums);
 }
 
 // ---- a product added to memory ----
 
-// A tile's factors and thin matrix for ranks [rank, rank + kLoraRanks).
-template <int kBlock, typename Real, typename Shared>
-PARTUNE_FN void fill_expansion(const LoraWrite<Real>& task, int64_t first_token, int64_t first_column,
-                               int64_t rank, int tokens, int columns, Shared& shared) {
-  for (int i = int(threadIdx.x); i < kLoraRanks * tokens; i += kBlock) {
-    const int token = i / kLoraRanks, r = i % kLoraRanks;
-    const bool exists = first_token + token < task.out.tokens && rank + r < task.thin.ranks;
-    const int64_t at = (first_token + token) * task.factor_stride + rank + r;
-    shared.put_factor(token, r, exists ? task.factors[at] : Real(0));
-  }
-  for (int i = int(threadIdx.x); i < kLoraRanks * columns; i += kBlock) {
-    const bool by_rank = task.thin.rank_stride == 1;
-    const int r = by_rank ? i % kLoraRanks : i / columns, c = by_rank ? i / kLoraRanks : i % columns;
-    const bool exists = rank + r < task.thin.ranks && first_column + c < task.out.width;
-    shared.put_thin(r, c, exists ? thin_element(task.thin, rank + r, first_column + c) : Real(0));
-  }
-}
-
 // A pack of sums into each chunk of a token.
-template <typename Stored, typename Real>
-PARTUNE_FN void write_lora_pack(const LoraWrite<Real>& task, const LoraDraws<Real>& draws, int64_t token,
-                                int64_t column, const Real* sums) {
+template <typename Stored, typename Real, bool kDropout>
+PARTUNE_FN void write_lora_pack(const LoraWrite<Real>& task, const LoraDraws<Real, kDropout>& draws,
+                                int64_t token, int64_t column, const Real* sums) {
   constexpr int kPack = kPackSize<Stored>;
   const LoraMatrix& out = task.out;
   const int64_t count = token < out.tokens ? out.width - column : 0;
-  const int64_t chunks = count > 0 ? out.chunks : 0;
+  WidePack<Stored> nothing;  // what may be added to any number, to a negative zero too
+  PARTUNE_UNROLL
+  for (int i = 0; i < kPack; ++i) round_nearest(-Real(0), nothing.at[i]);
 #pragma unroll 1
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+  for (int64_t chunk = 0; chunk < out.chunks; ++chunk) {
     const int64_t first = (token * out.chunks + chunk) * out.width + column;
     Stored* to = static_cast<Stored*>(out.data) + first;
     const bool aligned = is_wide_aligned(to);
-    WidePack<Stored> pack = {};
+    WidePack<Stored> pack = nothing;
     if (task.add) pack = load_wide<Stored>(to, count, aligned);
-    const uint32_t kept = draws.kept(first, count < kPack ? int(count) : kPack);
+    Real values[kPack];
     PARTUNE_UNROLL
-    for (int i = 0; i < kPack; ++i) {
-      Real value = multiply(sums[i], draws.factor(kept, i));
-      if (task.add) value += widen(pack.at[i]);
-      round_nearest(value, pack.at[i]);
-    }
+    for (int i = 0; i < kPack; ++i) values[i] = sums[i];
+    draws.apply(first, values);
+    PARTUNE_UNROLL
+    for (int i = 0; i < kPack; ++i) round_nearest(values[i] + widen(pack.at[i]), pack.at[i]);
     store_wide(pack, to, count, aligned);
   }
 }
@@ -234,7 +235,7 @@ PARTUNE_FN void write_lora_pack(const LoraWrite<Real>& task, const LoraDraws<Rea
 // SASS <float, float>: LDG.E.128, STG.E.128
 // SASS <BFloat16, float>: LDG.E.128, STG.E.128, LDSM
 // SASS <BFloat16, float> sm_80+: HMMA
-template <typename Stored, typename Real, int kBlock>
+template <typename Stored, typename Real, bool kDropout, int kBlock>
 __global__ void __launch_bounds__(kBlock) block_lora_write_kernel(LAUNCH_PARAMETER(LoraWrite<Real>) task) {
   using Multiply = Expansion<Stored, Real, kBlock>;
   constexpr int kTokens = Multiply::kTokens, kColumns = Multiply::kColumns;
@@ -248,13 +249,14 @@ __global__ void __launch_bounds__(kBlock) block_lora_write_kernel(LAUNCH_PARAMET
 #pragma unroll 1
   for (int64_t rank = 0; rank < task.thin.ranks; rank += kLoraRanks) {
     __syncthreads();  // the ranks before have been read
-    fill_expansion<kBlock>(task, first_token, first_column, rank, kTokens, kColumns, shared[0]);
+    fill_factors<kBlock, kTokens>(task.factors, first_token, rank, shared[0]);
+    fill_thin<kBlock, kColumns>(task.thin, rank, first_column, shared[0]);
     __syncthreads();
     Multiply::multiply_add_tile(shared[0], sums);
   }
   Multiply::store_sums(sums, [&](int token, int column, Real value) { stage[token][column] = value; });
   __syncthreads();
-  const LoraDraws<Real> draws(task.out);
+  const LoraDraws<Real, kDropout> draws(task.out);
 #pragma unroll 1
   for (int i = int(threadIdx.x); i < kTokens * kPacks; i += kBlock) {
     const int token = i / kPacks, column = i % kPacks * kPack;

@@ -10,8 +10,6 @@ namespace partune {
 namespace PARTUNE_ISA {
 namespace {
 
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // Between rows of what is kept: not a power of two, so that rows share no set of a cache.
 constexpr int kKept = kLoraColumns + 16;
 

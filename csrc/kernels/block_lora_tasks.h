@@ -12,23 +12,31 @@ struct LoraMatrix {
   const int64_t *seed, *step;  // on the device; null: no dropout
 };
 
-// [ranks, width] as adapters are stored: scale·Σ over arms of data[arm·arm_stride + rank·rank_stride +
-// column·column_stride].
+// [ranks, width] as adapters are stored: scale times the sum of `arms` matrices, one behind the other, each
+// [ranks, width] or, transposed, [width, ranks].
 template <typename Real>
 struct ThinMatrix {
   const Real* data;
-  int64_t ranks, rank_stride, column_stride, arms, arm_stride;
+  int64_t ranks, width, arms;
+  bool transposed;
   Real scale;
 };
 
-// One reading of a matrix x: products = x·thinᵀ in parts, and sums = factorsᵀ·x in parts.
+// [tokens, ranks] whose rows are `stride` apart.
+template <typename Real>
+struct LoraFactors {
+  const Real* data;
+  int64_t tokens, ranks, stride;
+};
+
+// One reading of a matrix x: products = x·thinᵀ in parts, or sums = factorsᵀ·x in parts; or both, of a matrix
+// without dropout.
 template <typename Real>
 struct LoraRead {
   LoraMatrix x;
   ThinMatrix<Real> thin;
-  Real* products;       // [tiles of columns, tokens, ranks]; null: not wanted
-  const Real* factors;  // [tokens, factor_stride], of which the first `ranks` count
-  int64_t factor_stride;
+  Real* products;  // [tiles of columns, tokens, ranks]; null: not wanted
+  LoraFactors<Real> factors;
   Real* sums;  // [blocks of tokens, ranks, width]; null: not wanted
   int64_t block_tokens;
 };
@@ -38,8 +46,7 @@ template <typename Real>
 struct LoraWrite {
   LoraMatrix out;
   ThinMatrix<Real> thin;
-  const Real* factors;  // [tokens, factor_stride]
-  int64_t factor_stride;
+  LoraFactors<Real> factors;
   bool add;
 };
 

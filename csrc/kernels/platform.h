@@ -25,6 +25,8 @@ struct Half {
   uint16_t bits;
 };
 
+PARTUNE_FN int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
 PARTUNE_FN uint32_t float_bits(float x) {
 #ifdef __CUDACC__
   return __float_as_uint(x);

@@ -14,7 +14,6 @@ namespace partune {
 namespace PARTUNE_ISA {
 namespace {
 
-PARTUNE_FN int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 PARTUNE_FN int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // ---- packing: tiles of lanes × lanes, transposed ----

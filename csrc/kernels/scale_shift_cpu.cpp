@@ -18,8 +18,6 @@ constexpr int kSpan =
     1024;  // neighbours of a line taken at a time: a buffer of several stays in the L1 cache
 constexpr int kPlaneSpan = 512;  // as wide is what a channels-first unit treats as a row
 
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // Lines taken at a time, as far as registers go.
 template <Activation kActivation>
 constexpr int kLinesAtOnce = kActivation == Activation::kNone ? 4 : 2;

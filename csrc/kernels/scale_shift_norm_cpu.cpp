@@ -15,8 +15,6 @@ namespace {
 
 constexpr int kTile = 512;
 
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 template <typename Real>
 Real sum_of(const TwoLanes<Real>& lanes) {
   return sum_of_lanes(lanes.at[0] + lanes.at[1]);

@@ -79,7 +79,8 @@ void request(const Stored* line) {
 // Gathers a tile while asking for the lines of the one that comes kAhead tiles later. Spread over this
 // loop the requests keep the memory busy without filling its queue.
 template <typename Stored>
-void gather(const Stored* source, const int64_t* offsets, const int64_t* ahead, int count, Stored* out) {
+PARTUNE_FN void gather(const Stored* source, const int64_t* offsets, const int64_t* ahead, int count,
+                       Stored* out) {
   int i = 0;
   for (; i + kGathered <= count; i += kGathered) {
     for (int lane = 0; lane < kGathered; ++lane) request(source + ahead[i + lane]);
@@ -93,8 +94,8 @@ void gather(const Stored* source, const int64_t* offsets, const int64_t* ahead, 
 
 // The same for weights and gradients that lie alike.
 template <typename Weight, typename Grad>
-void gather_both(const Weight* weight, const Grad* grad, const int64_t* offsets, const int64_t* ahead,
-                 int count, Weight* weight_out, Grad* grad_out) {
+PARTUNE_FN void gather_both(const Weight* weight, const Grad* grad, const int64_t* offsets,
+                            const int64_t* ahead, int count, Weight* weight_out, Grad* grad_out) {
   int i = 0;
   for (; i + kGathered <= count; i += kGathered) {
     for (int lane = 0; lane < kGathered; ++lane) {

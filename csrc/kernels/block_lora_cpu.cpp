@@ -82,16 +82,22 @@ class Tile {
     Real* hidden = task_.hidden + first * shape_.ranks;
     for (int64_t i = 0; i < tokens * shape_.ranks; ++i) hidden[i] = Real(0);
     for (int64_t column = 0; column < shape_.width; column += kLoraColumns) {
-      const int64_t columns = smaller(shape_.width - column, kLoraColumns);
+      const int64_t columns = smaller(shape_.width - column, kLoraColumns), next = column + kLoraColumns;
+      ReadAhead ahead = next < shape_.width ? input_ahead(first, next) : member_ahead(0, first, 0);
+      ahead.spread(project_steps<Real>(tokens, shape_.ranks, columns));
       project<Real>(read_input(first, tokens, column, columns), tokens, {task_.down + column, shape_.width},
-                    shape_.ranks, columns, {hidden, shape_.ranks});
+                    shape_.ranks, columns, {hidden, shape_.ranks}, ahead);
     }
     for (int64_t i = 0; i < task_.member_count; ++i) {
       const BlockLoraMember<Real>& m = task_.members[i];
       Stored* output = static_cast<Stored*>(m.output) + first * m.out;
       for (int64_t column = 0; column < m.out; column += kLoraColumns) {
+        const int64_t columns = smaller(m.out - column, kLoraColumns);
+        ReadAhead ahead = ahead_of_member(i, first, column);
+        if (ahead.is_empty()) ahead = input_ahead(first + tokens, 0);
+        ahead.spread(expand_steps<Real>(tokens, m.rank, columns));
         expand<Stored, Real>({hidden + m.first, shape_.ranks}, tokens, {m.up + column, m.out}, m.rank,
-                             smaller(m.out - column, kLoraColumns), {{output + column, m.out}, 1, 0, true});
+                             columns, {{output + column, m.out}, 1, 0, true}, ahead);
       }
     }
   }
@@ -99,40 +105,85 @@ class Tile {
   // The same backward; `partial` is its block's, grad_hidden its tokens' part of that.
   void backward(int64_t first, int64_t tokens, Real* grad_hidden, Real* partial) {
     for (int64_t i = 0; i < tokens * shape_.ranks; ++i) grad_hidden[i] = Real(0);
-    for (int64_t i = 0; i < task_.member_count; ++i) {
-      read_gradient(task_.members[i], first, tokens, grad_hidden, partial);
-    }
+    for (int64_t i = 0; i < task_.member_count; ++i) read_gradient(i, first, tokens, grad_hidden, partial);
     if (!task_.down_grad && !task_.grad_input) return;
     Real* sums = partial + task_.block_tokens * shape_.ranks;
     for (int64_t column = 0; column < shape_.width; column += kLoraColumns) {
-      const int64_t columns = smaller(shape_.width - column, kLoraColumns);
+      const int64_t columns = smaller(shape_.width - column, kLoraColumns), next = column + kLoraColumns;
       if (task_.down_grad) {
+        ReadAhead ahead = task_.grad_input ? grad_ahead(first, column) : input_ahead(first, next);
+        ahead.spread(accumulate_steps<Real>(tokens, shape_.ranks, columns));
         accumulate<Real>({grad_hidden, shape_.ranks}, read_input(first, tokens, column, columns), tokens,
-                         shape_.ranks, columns, {sums + column, shape_.width});
+                         shape_.ranks, columns, {sums + column, shape_.width}, ahead);
       }
-      if (task_.grad_input) write_input_grad(first, tokens, column, columns, grad_hidden);
+      if (task_.grad_input) {
+        ReadAhead ahead = task_.down_grad ? input_ahead(first, next) : grad_ahead(first, next);
+        if (ahead.is_empty()) ahead = member_ahead(0, first + tokens, 0);
+        ahead.spread(expand_steps<Real>(tokens, shape_.ranks, columns));
+        write_input_grad(first, tokens, column, columns, grad_hidden, ahead);
+      }
     }
   }
 
  private:
   bool is_plain() const { return shape_.chunks == 1 && task_.dropout.dropped == 0; }
 
+  // What is read next: a tile's columns from `column` on, or nothing.
+  ReadAhead features_ahead(const void* matrix, int64_t first, int64_t column) const {
+    if (!matrix || first >= shape_.tokens || column >= shape_.width) return {};
+    return {static_cast<const Stored*>(matrix) + first * shape_.features + column,
+            smaller(shape_.tokens - first, kLoraTile),
+            shape_.features,
+            smaller(shape_.width - column, kLoraColumns),
+            shape_.chunks,
+            shape_.width};
+  }
+  ReadAhead input_ahead(int64_t first, int64_t column) const {
+    return features_ahead(task_.input, first, column);
+  }
+  ReadAhead grad_ahead(int64_t first, int64_t column) const {
+    return features_ahead(task_.grad_input, first, column);
+  }
+  ReadAhead member_ahead(int64_t member, int64_t first, int64_t column) const {
+    if (member >= task_.member_count || first >= shape_.tokens) return {};
+    const BlockLoraMember<Real>& m = task_.members[member];
+    return {static_cast<const Stored*>(m.output) + first * m.out + column,
+            smaller(shape_.tokens - first, kLoraTile),
+            m.out,
+            smaller(m.out - column, kLoraColumns),
+            1,
+            0};
+  }
+  // After columns of a member.
+  ReadAhead ahead_of_member(int64_t member, int64_t first, int64_t column) const {
+    const bool more = column + kLoraColumns < task_.members[member].out;
+    return more ? member_ahead(member, first, column + kLoraColumns) : member_ahead(member + 1, first, 0);
+  }
+
   // hidden's gradient, and the sums of grad up.
-  void read_gradient(const BlockLoraMember<Real>& m, int64_t first, int64_t tokens, Real* grad_hidden,
-                     Real* partial) {
+  void read_gradient(int64_t member, int64_t first, int64_t tokens, Real* grad_hidden, Real* partial) {
+    const BlockLoraMember<Real>& m = task_.members[member];
     const Stored* grad = static_cast<const Stored*>(m.output) + first * m.out;
     const Real* hidden = task_.hidden + first * shape_.ranks + m.first;
     const bool inner = task_.down_grad || task_.grad_input;
     for (int64_t column = 0; column < m.out; column += kLoraColumns) {
       const int64_t columns = smaller(m.out - column, kLoraColumns);
       const Rows<const Real> read = widened(grad + column, m.out, tokens, columns);
+      ReadAhead ahead = ahead_of_member(member, first, column);
+      if (ahead.is_empty()) {
+        ahead = task_.down_grad    ? input_ahead(first, 0)
+                : task_.grad_input ? grad_ahead(first, 0)
+                                   : member_ahead(0, first + tokens, 0);
+      }
+      ahead.spread((inner ? project_steps<Real>(tokens, m.rank, columns) : 0) +
+                   (task_.up_grad ? accumulate_steps<Real>(tokens, m.rank, columns) : 0));
       if (inner) {
         project<Real>(read, tokens, {m.up + column, m.out}, m.rank, columns,
-                      {grad_hidden + m.first, shape_.ranks});
+                      {grad_hidden + m.first, shape_.ranks}, ahead);
       }
       if (task_.up_grad) {
         accumulate<Real>({hidden, shape_.ranks}, read, tokens, m.rank, columns,
-                         {partial + m.partial + column, m.out});
+                         {partial + m.partial + column, m.out}, ahead);
       }
     }
   }
@@ -183,15 +234,15 @@ class Tile {
   }
 
   void write_input_grad(int64_t first, int64_t tokens, int64_t column, int64_t columns,
-                        const Real* grad_hidden) {
+                        const Real* grad_hidden, ReadAhead& ahead) {
     Stored* out = static_cast<Stored*>(task_.grad_input) + first * shape_.features + column;
     const Rows<const Real> factors{grad_hidden, shape_.ranks}, thin{task_.down + column, shape_.width};
     if (task_.dropout.dropped == 0) {
       expand<Stored, Real>(factors, tokens, thin, shape_.ranks, columns,
-                           {{out, shape_.features}, shape_.chunks, shape_.width, task_.accumulate});
+                           {{out, shape_.features}, shape_.chunks, shape_.width, task_.accumulate}, ahead);
       return;
     }
-    expand<Real, Real>(factors, tokens, thin, shape_.ranks, columns, {{kept_[0], kKept}, 1, 0, false});
+    expand<Real, Real>(factors, tokens, thin, shape_.ranks, columns, {{kept_[0], kKept}, 1, 0, false}, ahead);
     for (int64_t token = 0; token < tokens; ++token) {
       for (int64_t chunk = 0; chunk < shape_.chunks; ++chunk) {
         const int64_t offset = token * shape_.features + chunk * shape_.width;

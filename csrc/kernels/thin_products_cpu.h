@@ -1,7 +1,8 @@
 // Products with a thin matrix [ranks, columns] on the CPU, lanes along the columns. What a row of ranks is
 // multiplied by stays in registers, as blocks of tokens times ranks or columns.
 #pragma once
-#include "vector.h"
+#include "lanes.h"
+#include "read_ahead.h"
 
 namespace partune {
 
@@ -150,6 +151,8 @@ struct Rows {
   PARTUNE_MEMBER T* row(int64_t i) const { return at + i * stride; }
 };
 
+PARTUNE_FN int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // Calls body.run<n>(begin) for runs of kMost, and then of half as many, until [0, count) is done.
 template <int kMost, typename Body>
 PARTUNE_FN void in_runs(int64_t count, const Body& body, int64_t begin = 0) {
@@ -161,7 +164,7 @@ PARTUNE_FN void in_runs(int64_t count, const Body& body, int64_t begin = 0) {
 
 template <int kTokens, int kRanks, typename Real>
 PARTUNE_FN void project_block(Rows<const Real> x, Rows<const Real> thin, int64_t columns,
-                              Rows<Real> products) {
+                              Rows<Real> products, ReadAhead& ahead) {
   constexpr int64_t kStep = kLanes<Real>;
   Vector<Real> sums[kTokens][kRanks] = {};
   const auto add = [&](int64_t column, int64_t count) __attribute__((always_inline)) {
@@ -177,7 +180,10 @@ PARTUNE_FN void project_block(Rows<const Real> x, Rows<const Real> thin, int64_t
     }
   };
   int64_t column = 0;
-  for (; column + kStep <= columns; column += kStep) add(column, kStep);
+  for (; column + kStep <= columns; column += kStep) {
+    ahead.ask();
+    add(column, kStep);
+  }
   if (column < columns) add(column, columns - column);
   PARTUNE_UNROLL
   for (int i = 0; i < kTokens; ++i) add_lane_sums(sums[i], products.row(i));
@@ -188,10 +194,11 @@ struct ProjectTokens {
   Rows<const Real> x, thin;
   int64_t columns;
   Rows<Real> products;
+  ReadAhead& ahead;
   template <int kTokens>
   PARTUNE_MEMBER void run(int64_t token) const {
     project_block<kTokens, kRanks>({x.row(token), x.stride}, thin, columns,
-                                   {products.row(token), products.stride});
+                                   {products.row(token), products.stride}, ahead);
   }
 };
 
@@ -201,25 +208,30 @@ struct ProjectRanks {
   int64_t columns;
   Rows<Real> products;
   int64_t tokens;
+  ReadAhead& ahead;
   template <int kRanks>
   PARTUNE_MEMBER void run(int64_t rank) const {
     const ProjectTokens<kRanks, Real> body{
-        x, {thin.row(rank), thin.stride}, columns, {products.at + rank, products.stride}};
+        x, {thin.row(rank), thin.stride}, columns, {products.at + rank, products.stride}, ahead};
     in_runs<kProjectTokens>(tokens, body);
   }
 };
 
 template <typename Real>
 static void project(Rows<const Real> x, int64_t tokens, Rows<const Real> thin, int64_t ranks, int64_t columns,
-                    Rows<Real> products) {
-  in_runs<kRankBlock>(ranks, ProjectRanks<Real>{x, thin, columns, products, tokens});
+                    Rows<Real> products, ReadAhead& ahead) {
+  in_runs<kRankBlock>(ranks, ProjectRanks<Real>{x, thin, columns, products, tokens, ahead});
+}
+template <typename Real>
+PARTUNE_FN int64_t project_steps(int64_t tokens, int64_t ranks, int64_t columns) {
+  return quotient_up(tokens, kProjectTokens) * quotient_up(ranks, kRankBlock) * (columns / kLanes<Real>);
 }
 
 // ---- sums[rank][column] += Σ factors[token][rank]·x[token][column] ----
 
 template <int kRanks, int kVectors, typename Real>
 PARTUNE_FN void accumulate_block(Rows<const Real> factors, Rows<const Real> x, int64_t tokens, int64_t last,
-                                 Rows<Real> sums) {
+                                 Rows<Real> sums, ReadAhead& ahead) {
   constexpr int64_t kStep = kLanes<Real>;
   // Of the last vector `last` elements exist.
   const auto count = [&](int k) __attribute__((always_inline)) { return k + 1 < kVectors ? kStep : last; };
@@ -230,6 +242,7 @@ PARTUNE_FN void accumulate_block(Rows<const Real> factors, Rows<const Real> x, i
     for (int k = 0; k < kVectors; ++k) kept[j][k] = widen_first<Real>(sums.row(j) + k * kStep, count(k));
   }
   for (int64_t token = 0; token < tokens; ++token) {
+    ahead.ask();
     Vector<Real> read[kVectors];
     PARTUNE_UNROLL
     for (int k = 0; k < kVectors; ++k) read[k] = widen_first<Real>(x.row(token) + k * kStep, count(k));
@@ -253,6 +266,7 @@ struct AccumulateRanks {
   Rows<const Real> factors, x;
   int64_t tokens, columns;
   Rows<Real> sums;
+  ReadAhead& ahead;
   template <int kRanks>
   PARTUNE_MEMBER void run(int64_t rank) const {
     constexpr int64_t kStep = kLanes<Real>;
@@ -260,20 +274,24 @@ struct AccumulateRanks {
     int64_t column = 0;
     for (; column + kAccumulateVectors * kStep <= columns; column += kAccumulateVectors * kStep) {
       accumulate_block<kRanks, kAccumulateVectors>(left, {x.at + column, x.stride}, tokens, kStep,
-                                                   {sums.row(rank) + column, sums.stride});
+                                                   {sums.row(rank) + column, sums.stride}, ahead);
     }
     for (; column < columns; column += kStep) {
       const int64_t rest = columns - column;
       accumulate_block<kRanks, 1>(left, {x.at + column, x.stride}, tokens, rest < kStep ? rest : kStep,
-                                  {sums.row(rank) + column, sums.stride});
+                                  {sums.row(rank) + column, sums.stride}, ahead);
     }
   }
 };
 
 template <typename Real>
 static void accumulate(Rows<const Real> factors, Rows<const Real> x, int64_t tokens, int64_t ranks,
-                       int64_t columns, Rows<Real> sums) {
-  in_runs<kRankBlock>(ranks, AccumulateRanks<Real>{factors, x, tokens, columns, sums});
+                       int64_t columns, Rows<Real> sums, ReadAhead& ahead) {
+  in_runs<kRankBlock>(ranks, AccumulateRanks<Real>{factors, x, tokens, columns, sums, ahead});
+}
+template <typename Real>
+PARTUNE_FN int64_t accumulate_steps(int64_t tokens, int64_t ranks, int64_t columns) {
+  return tokens * quotient_up(ranks, kRankBlock) * quotient_up(columns, kAccumulateVectors * kLanes<Real>);
 }
 
 // ---- chunk[token][column] = (add ? chunk : 0) + Σ factors[token][rank]·thin[rank][column] ----
@@ -289,13 +307,40 @@ struct Chunks {
   }
 };
 
+// to = (add ? to : 0) + values; of the last vector `last` elements exist, all of it where vectors are even in
+// number.
+template <int kVectors, typename Stored, typename Real>
+PARTUNE_FN void write_row(const Vector<Real> (&values)[kVectors], bool add, int64_t last, Stored* to) {
+  constexpr int64_t kStep = kLanes<Real>;
+  if constexpr (kVectors % 2 == 0) {
+    PARTUNE_UNROLL
+    for (int k = 0; k < kVectors; k += 2) {
+      TwoLanes<Real> both = {{Lanes<Real>(values[k]), Lanes<Real>(values[k + 1])}};
+      if (add) {
+        const TwoLanes<Real> before = load_lanes(to + k * kStep);
+        both = {{both.at[0] + before.at[0], both.at[1] + before.at[1]}};
+      }
+      store_lanes(both, to + k * kStep);
+    }
+  } else {
+    PARTUNE_UNROLL
+    for (int k = 0; k < kVectors; ++k) {
+      const int64_t count = k + 1 < kVectors ? kStep : last;
+      Vector<Real> value = values[k];
+      if (add) value = value + widen_first<Real>(to + k * kStep, count);
+      round_first<Real>(value, to + k * kStep, count);
+    }
+  }
+}
+
 template <int kTokens, int kVectors, typename Stored, typename Real>
 PARTUNE_FN void expand_block(Rows<const Real> factors, Rows<const Real> thin, int64_t ranks, int64_t last,
-                             const Chunks<Stored>& out) {
+                             const Chunks<Stored>& out, ReadAhead& ahead) {
   constexpr int64_t kStep = kLanes<Real>;
   const auto count = [&](int k) __attribute__((always_inline)) { return k + 1 < kVectors ? kStep : last; };
   Vector<Real> sums[kTokens][kVectors] = {};
   for (int64_t rank = 0; rank < ranks; ++rank) {
+    ahead.ask();
     Vector<Real> read[kVectors];
     PARTUNE_UNROLL
     for (int k = 0; k < kVectors; ++k) read[k] = widen_first<Real>(thin.row(rank) + k * kStep, count(k));
@@ -310,13 +355,8 @@ PARTUNE_FN void expand_block(Rows<const Real> factors, Rows<const Real> thin, in
   for (int64_t chunk = 0; chunk < out.count; ++chunk) {
     PARTUNE_UNROLL
     for (int i = 0; i < kTokens; ++i) {
-      PARTUNE_UNROLL
-      for (int k = 0; k < kVectors; ++k) {
-        Stored* to = out.first.row(i) + chunk * out.step + k * kStep;
-        Vector<Real> value = sums[i][k];
-        if (out.add) value = value + widen_first<Real>(to, count(k));
-        round_first<Real>(value, to, count(k));
-      }
+      Stored* to = out.first.row(i) + chunk * out.step;
+      write_row<kVectors, Stored, Real>(sums[i], out.add, last, to);
     }
   }
 }
@@ -326,6 +366,7 @@ struct ExpandTokens {
   Rows<const Real> factors, thin;
   int64_t ranks, columns;
   Chunks<Stored> out;
+  ReadAhead& ahead;
   template <int kTokens>
   PARTUNE_MEMBER void run(int64_t token) const {
     constexpr int64_t kStep = kLanes<Real>;
@@ -333,20 +374,24 @@ struct ExpandTokens {
     int64_t column = 0;
     for (; column + kExpandVectors * kStep <= columns; column += kExpandVectors * kStep) {
       expand_block<kTokens, kExpandVectors>(left, {thin.at + column, thin.stride}, ranks, kStep,
-                                            out.from(token, column));
+                                            out.from(token, column), ahead);
     }
     for (; column < columns; column += kStep) {
       const int64_t rest = columns - column;
       expand_block<kTokens, 1>(left, {thin.at + column, thin.stride}, ranks, rest < kStep ? rest : kStep,
-                               out.from(token, column));
+                               out.from(token, column), ahead);
     }
   }
 };
 
 template <typename Stored, typename Real>
 static void expand(Rows<const Real> factors, int64_t tokens, Rows<const Real> thin, int64_t ranks,
-                   int64_t columns, const Chunks<Stored>& out) {
-  in_runs<kExpandTokens>(tokens, ExpandTokens<Stored, Real>{factors, thin, ranks, columns, out});
+                   int64_t columns, const Chunks<Stored>& out, ReadAhead& ahead) {
+  in_runs<kExpandTokens>(tokens, ExpandTokens<Stored, Real>{factors, thin, ranks, columns, out, ahead});
+}
+template <typename Real>
+PARTUNE_FN int64_t expand_steps(int64_t tokens, int64_t ranks, int64_t columns) {
+  return quotient_up(tokens, kExpandTokens) * ranks * quotient_up(columns, kExpandVectors * kLanes<Real>);
 }
 
 }  // namespace partune

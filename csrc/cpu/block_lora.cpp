@@ -19,7 +19,7 @@ constexpr int64_t kLoraGrain = 16384;
 // Blocks of tokens that leave sums of their own, and how much memory these may take.
 constexpr int64_t kMostBlocks = 32;
 constexpr int64_t kPartialBytes = int64_t{64} << 20;
-constexpr int64_t kLeastBlockTokens = int64_t{2} * kLoraTile;
+constexpr int64_t kFewestTokens = 128;
 
 template <typename Body>
 void by_columns(int64_t columns, int64_t rows, const Body& body) {
@@ -75,9 +75,10 @@ class PackedTask {
     }
     int64_t most = kPartialBytes / (sums * int64_t(sizeof(Real)) + 1);
     most = most < 1 ? 1 : most > kMostBlocks ? kMostBlocks : most;
-    const int64_t share = (shape.tokens + most - 1) / most;
-    const int64_t rounded = (share + kLeastBlockTokens - 1) / kLeastBlockTokens * kLeastBlockTokens;
-    task.block_tokens = rounded > 0 ? rounded : kLeastBlockTokens;
+    // As many as keep an even number of threads equally busy.
+    int64_t blocks = (shape.tokens / kFewestTokens + 1) / 2 * 2;
+    blocks = blocks < 1 ? 1 : blocks > most ? most : blocks;
+    task.block_tokens = shape.tokens > blocks ? (shape.tokens + blocks - 1) / blocks : 1;
     for (BlockLoraMember<Real>& m : members_) m.partial += task.block_tokens * shape.ranks;
     task.partial_size = with_hidden(task.block_tokens);
     task.down_grad = down_grad;
@@ -129,8 +130,7 @@ void run_forward(const char* op, const BlockLoraBodies<Real>& bodies, const Bloc
                  const BlockLoraGroup& group, const LoraTensors& outputs, const Tensor& hidden) {
   PackedTask<Real> packed(op, bodies, a, group, "outputs", outputs);
   packed.task.hidden = static_cast<Real*>(hidden.mutable_data_ptr());
-  const int64_t tiles = (group.shape.tokens + kLoraTile - 1) / kLoraTile;
-  torch::stable::parallel_for(0, tiles, 1,
+  torch::stable::parallel_for(0, group.shape.tokens, kLoraTile,
                               [&](int64_t begin, int64_t end) { bodies.forward(packed.task, begin, end); });
 }
 

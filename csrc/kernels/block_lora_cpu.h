@@ -63,7 +63,7 @@ struct BlockLoraUp {
 
 template <typename Real>
 struct BlockLoraBodies {
-  // Tiles of kLoraTile tokens [first, last).
+  // Tokens [first, last).
   void (*forward)(const BlockLoraTask<Real>&, int64_t first, int64_t last);
   // Blocks of block_tokens [first, last).
   void (*backward)(const BlockLoraTask<Real>&, int64_t first, int64_t last);

@@ -26,10 +26,16 @@ PARTUNE_FN Vector<double> widen_vector(const double* from) { return load_vector(
 typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
 typedef uint32_t FloatBits __attribute__((vector_size(kVectorBytes)));
 
+// gcc makes five instructions of a conversion to a whole register of AVX-512.
 PARTUNE_FN Vector<float> widen_vector(const BFloat16* from) {
+#if defined(__AVX512F__)
+  const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return (Vector<float>)((FloatBits)_mm512_maskz_cvtepu16_epi32(__mmask16(0xffff), narrow) << 16);
+#else
   Halves bits;
   __builtin_memcpy(&bits, from, sizeof bits);
   return (Vector<float>)(__builtin_convertvector(bits, FloatBits) << 16);
+#endif
 }
 
 PARTUNE_FN Vector<float> widen_vector(const Half* from) {
@@ -153,17 +159,17 @@ struct Rows {
 
 PARTUNE_FN int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Calls body.run<n>(begin) for runs of kMost, and then of half as many, until [0, count) is done.
+// Calls body.run<n>(begin) for runs of kMost, and then of fewer, until [0, count) is done.
 template <int kMost, typename Body>
 PARTUNE_FN void in_runs(int64_t count, const Body& body, int64_t begin = 0) {
   for (; begin + kMost <= count; begin += kMost) body.template run<kMost>(begin);
-  if constexpr (kMost > 1) in_runs<kMost / 2>(count, body, begin);
+  if constexpr (kMost > 1) in_runs<(kMost > 3 ? kMost / 2 : kMost - 1)>(count, body, begin);
 }
 
 // ---- products[token][rank] += Σ x[token][column]·thin[rank][column] ----
 
-template <int kTokens, int kRanks, typename Real>
-PARTUNE_FN void project_block(Rows<const Real> x, Rows<const Real> thin, int64_t columns,
+template <int kTokens, int kRanks, typename Stored, typename Real>
+PARTUNE_FN void project_block(Rows<const Stored> x, Rows<const Real> thin, int64_t columns,
                               Rows<Real> products, ReadAhead& ahead) {
   constexpr int64_t kStep = kLanes<Real>;
   Vector<Real> sums[kTokens][kRanks] = {};
@@ -189,38 +195,40 @@ PARTUNE_FN void project_block(Rows<const Real> x, Rows<const Real> thin, int64_t
   for (int i = 0; i < kTokens; ++i) add_lane_sums(sums[i], products.row(i));
 }
 
-template <int kRanks, typename Real>
+template <int kRanks, typename Stored, typename Real>
 struct ProjectTokens {
-  Rows<const Real> x, thin;
+  Rows<const Stored> x;
+  Rows<const Real> thin;
   int64_t columns;
   Rows<Real> products;
   ReadAhead& ahead;
   template <int kTokens>
   PARTUNE_MEMBER void run(int64_t token) const {
-    project_block<kTokens, kRanks>({x.row(token), x.stride}, thin, columns,
-                                   {products.row(token), products.stride}, ahead);
+    project_block<kTokens, kRanks, Stored, Real>({x.row(token), x.stride}, thin, columns,
+                                                 {products.row(token), products.stride}, ahead);
   }
 };
 
-template <typename Real>
+template <typename Stored, typename Real>
 struct ProjectRanks {
-  Rows<const Real> x, thin;
+  Rows<const Stored> x;
+  Rows<const Real> thin;
   int64_t columns;
   Rows<Real> products;
   int64_t tokens;
   ReadAhead& ahead;
   template <int kRanks>
   PARTUNE_MEMBER void run(int64_t rank) const {
-    const ProjectTokens<kRanks, Real> body{
+    const ProjectTokens<kRanks, Stored, Real> body{
         x, {thin.row(rank), thin.stride}, columns, {products.at + rank, products.stride}, ahead};
     in_runs<kProjectTokens>(tokens, body);
   }
 };
 
-template <typename Real>
-static void project(Rows<const Real> x, int64_t tokens, Rows<const Real> thin, int64_t ranks, int64_t columns,
-                    Rows<Real> products, ReadAhead& ahead) {
-  in_runs<kRankBlock>(ranks, ProjectRanks<Real>{x, thin, columns, products, tokens, ahead});
+template <typename Stored, typename Real>
+static void project(Rows<const Stored> x, int64_t tokens, Rows<const Real> thin, int64_t ranks,
+                    int64_t columns, Rows<Real> products, ReadAhead& ahead) {
+  in_runs<kRankBlock>(ranks, ProjectRanks<Stored, Real>{x, thin, columns, products, tokens, ahead});
 }
 template <typename Real>
 PARTUNE_FN int64_t project_steps(int64_t tokens, int64_t ranks, int64_t columns) {
@@ -229,8 +237,8 @@ PARTUNE_FN int64_t project_steps(int64_t tokens, int64_t ranks, int64_t columns)
 
 // ---- sums[rank][column] += Σ factors[token][rank]·x[token][column] ----
 
-template <int kRanks, int kVectors, typename Real>
-PARTUNE_FN void accumulate_block(Rows<const Real> factors, Rows<const Real> x, int64_t tokens, int64_t last,
+template <int kRanks, int kVectors, typename Stored, typename Real>
+PARTUNE_FN void accumulate_block(Rows<const Real> factors, Rows<const Stored> x, int64_t tokens, int64_t last,
                                  Rows<Real> sums, ReadAhead& ahead) {
   constexpr int64_t kStep = kLanes<Real>;
   // Of the last vector `last` elements exist.
@@ -261,9 +269,10 @@ PARTUNE_FN void accumulate_block(Rows<const Real> factors, Rows<const Real> x, i
   }
 }
 
-template <typename Real>
+template <typename Stored, typename Real>
 struct AccumulateRanks {
-  Rows<const Real> factors, x;
+  Rows<const Real> factors;
+  Rows<const Stored> x;
   int64_t tokens, columns;
   Rows<Real> sums;
   ReadAhead& ahead;
@@ -273,21 +282,22 @@ struct AccumulateRanks {
     const Rows<const Real> left{factors.at + rank, factors.stride};
     int64_t column = 0;
     for (; column + kAccumulateVectors * kStep <= columns; column += kAccumulateVectors * kStep) {
-      accumulate_block<kRanks, kAccumulateVectors>(left, {x.at + column, x.stride}, tokens, kStep,
-                                                   {sums.row(rank) + column, sums.stride}, ahead);
+      accumulate_block<kRanks, kAccumulateVectors, Stored, Real>(
+          left, {x.at + column, x.stride}, tokens, kStep, {sums.row(rank) + column, sums.stride}, ahead);
     }
     for (; column < columns; column += kStep) {
       const int64_t rest = columns - column;
-      accumulate_block<kRanks, 1>(left, {x.at + column, x.stride}, tokens, rest < kStep ? rest : kStep,
-                                  {sums.row(rank) + column, sums.stride}, ahead);
+      accumulate_block<kRanks, 1, Stored, Real>(left, {x.at + column, x.stride}, tokens,
+                                                rest < kStep ? rest : kStep,
+                                                {sums.row(rank) + column, sums.stride}, ahead);
     }
   }
 };
 
-template <typename Real>
-static void accumulate(Rows<const Real> factors, Rows<const Real> x, int64_t tokens, int64_t ranks,
+template <typename Stored, typename Real>
+static void accumulate(Rows<const Real> factors, Rows<const Stored> x, int64_t tokens, int64_t ranks,
                        int64_t columns, Rows<Real> sums, ReadAhead& ahead) {
-  in_runs<kRankBlock>(ranks, AccumulateRanks<Real>{factors, x, tokens, columns, sums, ahead});
+  in_runs<kRankBlock>(ranks, AccumulateRanks<Stored, Real>{factors, x, tokens, columns, sums, ahead});
 }
 template <typename Real>
 PARTUNE_FN int64_t accumulate_steps(int64_t tokens, int64_t ranks, int64_t columns) {

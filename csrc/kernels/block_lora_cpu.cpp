@@ -12,9 +12,6 @@ namespace {
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Between rows of what is kept: not a power of two, so that rows share no set of a cache.
-constexpr int kKept = kLoraColumns + 16;
-
 // Which elements of the input are kept.
 class DropoutDraws {
  public:
@@ -103,7 +100,7 @@ class Tile {
       ReadAhead ahead = next < shape_.width ? input_ahead(first, next) : member_ahead(0, first, 0);
       ahead.spread(project_steps<Real>(tokens, shape_.ranks, columns));
       with_input(first, tokens, column, columns, [&](auto input) {
-        project(input, tokens, Rows<const Real>{task_.down + column, shape_.width}, shape_.ranks, columns,
+        project(input, tokens, Rows<const Real>{task_.down + column, task_.down_pitch}, shape_.ranks, columns,
                 Rows<Real>{hidden, shape_.ranks}, ahead);
       });
     }
@@ -115,7 +112,7 @@ class Tile {
         ReadAhead ahead = ahead_of_member(i, first, column);
         if (ahead.is_empty()) ahead = input_ahead(first + tokens, 0);
         ahead.spread(expand_steps<Real>(tokens, m.rank, columns));
-        expand<Stored, Real>({hidden + m.first, shape_.ranks}, tokens, {m.up + column, m.out}, m.rank,
+        expand<Stored, Real>({hidden + m.first, shape_.ranks}, tokens, {m.up + column, m.pitch}, m.rank,
                              columns, {{output + column, m.out}, 1, 0, true}, ahead);
       }
     }
@@ -126,7 +123,6 @@ class Tile {
     for (int64_t i = 0; i < tokens * shape_.ranks; ++i) grad_hidden[i] = Real(0);
     for (int64_t i = 0; i < task_.member_count; ++i) read_gradient(i, first, tokens, grad_hidden, partial);
     if (!task_.down_grad && !task_.grad_input) return;
-    Real* sums = partial + task_.block_tokens * shape_.ranks;
     for (int64_t column = 0; column < shape_.width; column += kLoraColumns) {
       const int64_t columns = smaller(shape_.width - column, kLoraColumns), next = column + kLoraColumns;
       if (task_.down_grad) {
@@ -134,7 +130,7 @@ class Tile {
         ahead.spread(accumulate_steps<Real>(tokens, shape_.ranks, columns));
         with_input(first, tokens, column, columns, [&](auto input) {
           accumulate(Rows<const Real>{grad_hidden, shape_.ranks}, input, tokens, shape_.ranks, columns,
-                     Rows<Real>{sums + column, shape_.width}, ahead);
+                     Rows<Real>{partial + column, task_.down_pitch}, ahead);
         });
       }
       if (task_.grad_input) {
@@ -197,12 +193,12 @@ class Tile {
       ahead.spread((inner ? project_steps<Real>(tokens, m.rank, columns) : 0) +
                    (task_.up_grad ? accumulate_steps<Real>(tokens, m.rank, columns) : 0));
       if (inner) {
-        project(read, tokens, Rows<const Real>{m.up + column, m.out}, m.rank, columns,
+        project(read, tokens, Rows<const Real>{m.up + column, m.pitch}, m.rank, columns,
                 Rows<Real>{grad_hidden + m.first, shape_.ranks}, ahead);
       }
       if (task_.up_grad) {
         accumulate(Rows<const Real>{hidden, shape_.ranks}, read, tokens, m.rank, columns,
-                   Rows<Real>{partial + m.partial + column, m.out}, ahead);
+                   Rows<Real>{partial + m.partial + column, m.pitch}, ahead);
       }
     }
   }
@@ -252,7 +248,7 @@ class Tile {
   void write_input_grad(int64_t first, int64_t tokens, int64_t column, int64_t columns,
                         const Real* grad_hidden, ReadAhead& ahead) {
     Stored* out = static_cast<Stored*>(task_.grad_input) + first * shape_.features + column;
-    const Rows<const Real> factors{grad_hidden, shape_.ranks}, thin{task_.down + column, shape_.width};
+    const Rows<const Real> factors{grad_hidden, shape_.ranks}, thin{task_.down + column, task_.down_pitch};
     if (task_.dropout.dropped == 0) {
       expand<Stored, Real>(factors, tokens, thin, shape_.ranks, columns,
                            {{out, shape_.features}, shape_.chunks, shape_.width, task_.accumulate}, ahead);
@@ -278,6 +274,7 @@ class Tile {
     }
   }
 
+  static constexpr int64_t kKept = pitch_of<Real>(kLoraColumns);
   // Of so many chunks what is drawn is drawn once for the adapter's and the input's gradient.
   static constexpr int kDrawnChunks = 2;
 
@@ -285,7 +282,7 @@ class Tile {
   const BlockLoraShape shape_;
   const DropoutDraws draws_;
   const DropoutFactors<Real> factors_;
-  Real kept_[kLoraTile][kKept];
+  alignas(kLineBytes) Real kept_[kLoraTile][kKept];
   int16_t drawn_[kLoraTile * kDrawnChunks][kLoraColumns + 2 * DropoutDraws::kBatch];
 };
 
@@ -302,12 +299,12 @@ void backward(const BlockLoraTask<Real>& task, int64_t first, int64_t last) {
   Tile<Stored, Real> tile(task);
   for (int64_t block = first; block < last; ++block) {
     Real* partial = task.partial + block * task.partial_size;
-    for (int64_t i = task.block_tokens * task.shape.ranks; i < task.partial_size; ++i) partial[i] = Real(0);
+    for (int64_t i = 0; i < task.grad_hidden; ++i) partial[i] = Real(0);
     const int64_t start = block * task.block_tokens;
     const int64_t end = smaller(start + task.block_tokens, task.shape.tokens);
     for (int64_t begin = start; begin < end; begin += kLoraTile) {
-      tile.backward(begin, smaller(end - begin, kLoraTile), partial + (begin - start) * task.shape.ranks,
-                    partial);
+      tile.backward(begin, smaller(end - begin, kLoraTile),
+                    partial + task.grad_hidden + (begin - start) * task.shape.ranks, partial);
     }
   }
 }
@@ -321,7 +318,7 @@ void sum(const BlockLoraSum<Real>& task, int64_t first, int64_t last) {
     for (int64_t i = 0; i < task.rows; ++i) {
       Vector<Real> total{};
       for (int64_t block = 0; block < task.blocks; ++block) {
-        total = total + widen_first<Real>(task.partial + block * task.stride + i * task.columns + j, count);
+        total = total + widen_first<Real>(task.partial + block * task.stride + i * task.pitch + j, count);
       }
       Real totals[kLanes<Real>];
       store_vector(scale * total, totals);
@@ -344,7 +341,7 @@ void pack(const BlockLoraUp<Real>& task, int64_t first, int64_t last) {
         const Real* up = task.up + (arm * task.out + column) * task.rank + rank;
         for (int64_t lane = 0; lane < count; ++lane) totals[lane] += up[lane * task.rank];
       }
-      round_first<Real>(scale * load_vector(totals), task.packed + rank * task.out + column, count);
+      round_first<Real>(scale * load_vector(totals), task.packed + rank * task.pitch + column, count);
     }
   }
 }

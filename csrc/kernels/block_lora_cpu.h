@@ -5,6 +5,15 @@
 
 namespace partune {
 
+// Of matrices that are laid out for the bodies: elements from one row to the next, an odd number of whole
+// lines, so that as many rows as a cache has ways don't all lie in one set of it.
+constexpr int kLineBytes = 64;
+template <typename Real>
+constexpr int64_t pitch_of(int64_t columns) {
+  constexpr int64_t line = kLineBytes / int64_t(sizeof(Real));
+  return ((columns + line - 1) / line | 1) * line;
+}
+
 // Tokens that a body takes at a time, and columns of what it keeps widened beside them.
 constexpr int kLoraTile = 48;
 constexpr int kLoraColumns = 512;
@@ -13,7 +22,7 @@ template <typename Real>
 struct BlockLoraMember {
   void* output;         // [tokens, out]; or, backward, its gradient
   const Real* up;       // [ranks, out]: scale·ΣBᵀ
-  int64_t out;          // columns
+  int64_t out, pitch;   // columns, and from row to row
   int64_t first, rank;  // its ranks are [first, first + rank)
   int64_t partial;      // backward: where its sums begin in a block's
 };
@@ -23,7 +32,8 @@ struct BlockLoraTask {
   BlockLoraShape shape;
   const void* input;
   const Real* down;  // [ranks, width]
-  Real* hidden;      // [tokens, ranks]; written forward, read backward
+  int64_t down_pitch;
+  Real* hidden;  // [tokens, ranks]; written forward, read backward
   const BlockLoraMember<Real>* members;
   int64_t member_count;
   BlockLoraDropout dropout;
@@ -33,30 +43,30 @@ struct BlockLoraTask {
   void* grad_input;  // null: not wanted
   bool accumulate;   // add to grad_input
   bool down_grad, up_grad;
-  // Of a block of tokens: hidden's gradient, [block_tokens, ranks]; Aᵀ's sums, [ranks, width]; the
-  // members' sums, [rank, out] each.
+  // Of a block of tokens: Aᵀ's sums, [ranks, width]; the members' sums, [rank, out] each, all in the pitch of
+  // the adapters; hidden's gradient, [block_tokens, ranks], from `grad_hidden` on.
   Real* partial;
-  int64_t block_tokens, partial_size;
+  int64_t block_tokens, grad_hidden, partial_size;
 };
 
 // A matrix of sums over blocks: out[i·row_stride + j·column_stride + arm·arm_stride] =
-// scale·Σ partial[block·stride + i·columns + j].
+// scale·Σ partial[block·stride + i·pitch + j].
 template <typename Real>
 struct BlockLoraSum {
   const Real* partial;
   int64_t blocks, stride;
-  int64_t rows, columns;
+  int64_t rows, columns, pitch;
   Real scale;
   Real* out;
   int64_t row_stride, column_stride;
   int64_t arms, arm_stride;
 };
 
-// scale·ΣBᵀ of up [arms, out, rank], as [rank, out].
+// scale·ΣBᵀ of up [arms, out, rank], as [rank, out] in a pitch.
 template <typename Real>
 struct BlockLoraUp {
   const Real* up;
-  int64_t arms, out, rank;
+  int64_t arms, out, rank, pitch;
   Real scale;
   Real* packed;
 };

@@ -66,7 +66,7 @@ class PackedTask {
                                  Real(a.scales[i]),
                                  packed};
       by_columns(m.out, m.rank * group.arms, [&](int64_t b, int64_t e) { bodies.pack(up, b, e); });
-      members_[i] = {matrices[i].mutable_data_ptr(), packed, m.out, pitch, m.first, m.rank, 0};
+      members_[i] = {matrices[i].mutable_data_ptr(), packed, m.out, pitch, nullptr, m.first, m.rank, 0};
     }
     task.shape = shape;
     task.input = a.input.const_data_ptr();
@@ -101,11 +101,30 @@ class PackedTask {
     return (shape.tokens + task.block_tokens - 1) / task.block_tokens;
   }
 
+  // For products that are rounded to bfloat16, where the machine multiplies pairs of it.
+  void pair_ups(const BlockLoraBodies<Real>& bodies) {
+    for (BlockLoraMember<Real>& m : members_) {
+      m.up_pairs = paired(bodies, m.up, m.rank, m.out, m.pitch);
+    }
+  }
+  void pair_downs(const BlockLoraBodies<Real>& bodies) {
+    task.down_pairs = paired(bodies, task.down, task.shape.ranks, task.shape.width, task.down_pitch);
+  }
+
   const BlockLoraMember<Real>& member(size_t i) const { return members_[i]; }
 
   BlockLoraTask<Real> task{};
 
  private:
+  const Real* paired(const BlockLoraBodies<Real>& bodies, const Real* thin, int64_t ranks, int64_t columns,
+                     int64_t pitch) {
+    if (!bodies.pair || ranks > kMostPairedRanks) return nullptr;
+    pairs_.push_back(make_lines<Real>((ranks + 1) / 2 * pitch));
+    const BlockLoraPairs<Real> pairs{thin, ranks, pitch, pairs_.back().get()};
+    by_columns(columns, ranks, [&](int64_t b, int64_t e) { bodies.pair(pairs, b, e); });
+    return pairs.pairs;
+  }
+
   void pack_downs(const BlockLoraArguments& a, const BlockLoraShape& shape) {
     task.down_pitch = pitch_of<Real>(shape.width);
     downs_ = make_lines<Real>(shape.ranks * task.down_pitch);
@@ -121,13 +140,14 @@ class PackedTask {
   }
 
   Lines<Real> downs_, ups_;
+  std::vector<Lines<Real>> pairs_;
   std::vector<BlockLoraMember<Real>> members_;
 };
 
 // body(bodies) with the table of a tensor's dtype.
 template <typename Body>
 void with_lora_bodies(const Tensor& tensor, const Body& body) {
-  const BlockLoraCpu& table = PARTUNE_CPU_TABLE(block_lora_cpu);
+  const BlockLoraCpu& table = PARTUNE_CPU_TABLE_BF16(block_lora_cpu);
   switch (tensor.scalar_type()) {
     case ScalarType::Double:
       return body(table.float64);
@@ -145,6 +165,7 @@ void run_forward(const char* op, const BlockLoraBodies<Real>& bodies, const Bloc
                  const BlockLoraGroup& group, const LoraTensors& outputs, const Tensor& hidden) {
   PackedTask<Real> packed(op, bodies, a, group, "outputs", outputs);
   packed.task.hidden = static_cast<Real*>(hidden.mutable_data_ptr());
+  packed.pair_ups(bodies);
   torch::stable::parallel_for(0, group.shape.tokens, kLoraTile,
                               [&](int64_t begin, int64_t end) { bodies.forward(packed.task, begin, end); });
 }
@@ -199,6 +220,7 @@ void run_backward(const char* op, const BlockLoraBodies<Real>& bodies, const Blo
   task.hidden = static_cast<Real*>(b.hidden.mutable_data_ptr());
   task.grad_input = b.grad_input ? b.grad_input->mutable_data_ptr() : nullptr;
   task.accumulate = b.accumulate;
+  if (b.grad_input) packed.pair_downs(bodies);
   const int64_t blocks = packed.lay_out_blocks(!b.grad_downs.empty(), !b.grad_ups.empty());
   const Lines<Real> partial = make_lines<Real>(blocks * task.partial_size);
   task.partial = partial.get();

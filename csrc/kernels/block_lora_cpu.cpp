@@ -85,6 +85,22 @@ class DropoutFactors {
   const Bits scale_;
 };
 
+// How products that are rounded to the stored type may multiply, where the task has pairs: nothing, or Pairs.
+template <typename Stored>
+struct PairsOf {
+  using Type = void;
+};
+template <typename Stored>
+constexpr bool kPairs = false;
+#if defined(__AVX512BF16__)
+template <>
+struct PairsOf<BFloat16> {
+  using Type = Pairs;
+};
+template <>
+constexpr bool kPairs<BFloat16> = true;
+#endif
+
 template <typename Stored, typename Real>
 class Tile {
  public:
@@ -107,13 +123,13 @@ class Tile {
     for (int64_t i = 0; i < task_.member_count; ++i) {
       const BlockLoraMember<Real>& m = task_.members[i];
       Stored* output = static_cast<Stored*>(m.output) + first * m.out;
+      const Factors factors = factors_of(hidden + m.first, tokens, m.rank, m.up_pairs);
       for (int64_t column = 0; column < m.out; column += kLoraColumns) {
         const int64_t columns = smaller(m.out - column, kLoraColumns);
         ReadAhead ahead = ahead_of_member(i, first, column);
         if (ahead.is_empty()) ahead = input_ahead(first + tokens, 0);
-        ahead.spread(expand_steps<Real>(tokens, m.rank, columns));
-        expand<Stored, Real>({hidden + m.first, shape_.ranks}, tokens, {m.up + column, m.pitch}, m.rank,
-                             columns, {{output + column, m.out}, 1, 0, true}, ahead);
+        expand_by<Stored>(factors, tokens, {(m.up_pairs ? m.up_pairs : m.up) + column, m.pitch}, columns,
+                          {{output + column, m.out}, 1, 0, true}, ahead);
       }
     }
   }
@@ -123,6 +139,7 @@ class Tile {
     for (int64_t i = 0; i < tokens * shape_.ranks; ++i) grad_hidden[i] = Real(0);
     for (int64_t i = 0; i < task_.member_count; ++i) read_gradient(i, first, tokens, grad_hidden, partial);
     if (!task_.down_grad && !task_.grad_input) return;
+    const Factors factors = factors_of(grad_hidden, tokens, shape_.ranks, task_.down_pairs);
     for (int64_t column = 0; column < shape_.width; column += kLoraColumns) {
       const int64_t columns = smaller(shape_.width - column, kLoraColumns), next = column + kLoraColumns;
       if (task_.down_grad) {
@@ -136,13 +153,45 @@ class Tile {
       if (task_.grad_input) {
         ReadAhead ahead = task_.down_grad ? input_ahead(first, next) : grad_ahead(first, next);
         if (ahead.is_empty()) ahead = member_ahead(0, first + tokens, 0);
-        ahead.spread(expand_steps<Real>(tokens, shape_.ranks, columns));
-        write_input_grad(first, tokens, column, columns, grad_hidden, ahead);
+        write_input_grad(first, tokens, column, columns, factors, ahead);
       }
     }
   }
 
  private:
+  // A tile's factors of a thin matrix, one by one or in pairs.
+  struct Factors {
+    Rows<const Real> rows;
+    int64_t count;
+    bool paired;
+  };
+
+  Factors factors_of(const Real* first, int64_t tokens, int64_t ranks, const Real* thin_pairs) {
+    if constexpr (kPairs<Stored>) {
+      if (thin_pairs) {
+        for (int64_t i = 0; i < tokens; ++i) {
+          PairsOf<Stored>::Type::of_neighbours(first + i * shape_.ranks, ranks, factor_pairs_[i]);
+        }
+        return {{factor_pairs_[0], kMostPairedRanks / 2}, quotient_up(ranks, 2), true};
+      }
+    }
+    return {{first, shape_.ranks}, ranks, false};
+  }
+
+  template <typename Out>
+  void expand_by(const Factors& factors, int64_t tokens, Rows<const Real> thin, int64_t columns,
+                 const Chunks<Out>& out, ReadAhead& ahead) const {
+    ahead.spread(expand_steps<Real>(tokens, factors.count, columns));
+    if constexpr (kPairs<Stored>) {
+      if (factors.paired) {
+        expand<Out, Real, typename PairsOf<Stored>::Type>(factors.rows, tokens, thin, factors.count, columns,
+                                                          out, ahead);
+        return;
+      }
+    }
+    expand<Out, Real>(factors.rows, tokens, thin, factors.count, columns, out, ahead);
+  }
+
   // What is read next: a tile's columns from `column` on, or nothing.
   ReadAhead features_ahead(const void* matrix, int64_t first, int64_t column) const {
     if (!matrix || first >= shape_.tokens || column >= shape_.width) return {};
@@ -246,15 +295,16 @@ class Tile {
   }
 
   void write_input_grad(int64_t first, int64_t tokens, int64_t column, int64_t columns,
-                        const Real* grad_hidden, ReadAhead& ahead) {
+                        const Factors& factors, ReadAhead& ahead) {
     Stored* out = static_cast<Stored*>(task_.grad_input) + first * shape_.features + column;
-    const Rows<const Real> factors{grad_hidden, shape_.ranks}, thin{task_.down + column, task_.down_pitch};
+    const Real* down = task_.down_pairs ? task_.down_pairs : task_.down;
+    const Rows<const Real> thin{down + column, task_.down_pitch};
     if (task_.dropout.dropped == 0) {
-      expand<Stored, Real>(factors, tokens, thin, shape_.ranks, columns,
-                           {{out, shape_.features}, shape_.chunks, shape_.width, task_.accumulate}, ahead);
+      expand_by<Stored>(factors, tokens, thin, columns,
+                        {{out, shape_.features}, shape_.chunks, shape_.width, task_.accumulate}, ahead);
       return;
     }
-    expand<Real, Real>(factors, tokens, thin, shape_.ranks, columns, {{kept_[0], kKept}, 1, 0, false}, ahead);
+    expand_by<Real>(factors, tokens, thin, columns, {{kept_[0], kKept}, 1, 0, false}, ahead);
     for (int64_t token = 0; token < tokens; ++token) {
       for (int64_t chunk = 0; chunk < shape_.chunks; ++chunk) {
         const int64_t offset = token * shape_.features + chunk * shape_.width;
@@ -282,6 +332,7 @@ class Tile {
   const BlockLoraShape shape_;
   const DropoutDraws draws_;
   const DropoutFactors<Real> factors_;
+  Real factor_pairs_[kPairs<Stored> ? kLoraTile : 1][kMostPairedRanks / 2];
   alignas(kLineBytes) Real kept_[kLoraTile][kKept];
   int16_t drawn_[kLoraTile * kDrawnChunks][kLoraColumns + 2 * DropoutDraws::kBatch];
 };
@@ -346,13 +397,25 @@ void pack(const BlockLoraUp<Real>& task, int64_t first, int64_t last) {
   }
 }
 
+#if defined(__AVX512BF16__)
+void pair(const BlockLoraPairs<float>& task, int64_t first, int64_t last) {
+  for (int64_t rank = 0; rank < task.ranks; rank += 2) {
+    const float* upper = task.thin + rank * task.pitch + first;
+    Pairs::of_rows(upper, rank + 1 < task.ranks ? upper + task.pitch : nullptr, last - first,
+                   task.pairs + rank / 2 * task.pitch + first);
+  }
+}
+#else
+constexpr decltype(BlockLoraBodies<float>::pair) pair = nullptr;
+#endif
+
 }  // namespace
 
 const BlockLoraCpu block_lora_cpu = {
-    {forward<double, double>, backward<double, double>, sum<double>, pack<double>},
-    {forward<float, float>, backward<float, float>, sum<float>, pack<float>},
-    {forward<BFloat16, float>, backward<BFloat16, float>, sum<float>, pack<float>},
-    {forward<Half, float>, backward<Half, float>, sum<float>, pack<float>},
+    {forward<double, double>, backward<double, double>, sum<double>, pack<double>, nullptr},
+    {forward<float, float>, backward<float, float>, sum<float>, pack<float>, nullptr},
+    {forward<BFloat16, float>, backward<BFloat16, float>, sum<float>, pack<float>, pair},
+    {forward<Half, float>, backward<Half, float>, sum<float>, pack<float>, nullptr},
 };
 
 }  // namespace PARTUNE_ISA

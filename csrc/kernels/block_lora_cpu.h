@@ -20,11 +20,12 @@ constexpr int kLoraColumns = 512;
 
 template <typename Real>
 struct BlockLoraMember {
-  void* output;         // [tokens, out]; or, backward, its gradient
-  const Real* up;       // [ranks, out]: scale·ΣBᵀ
-  int64_t out, pitch;   // columns, and from row to row
-  int64_t first, rank;  // its ranks are [first, first + rank)
-  int64_t partial;      // backward: where its sums begin in a block's
+  void* output;          // [tokens, out]; or, backward, its gradient
+  const Real* up;        // [ranks, out]: scale·ΣBᵀ
+  int64_t out, pitch;    // columns, and from row to row
+  const Real* up_pairs;  // forward: of bfloat16, [ranks/2, out], in the place of `up`; or null
+  int64_t first, rank;   // its ranks are [first, first + rank)
+  int64_t partial;       // backward: where its sums begin in a block's
 };
 
 template <typename Real>
@@ -33,7 +34,8 @@ struct BlockLoraTask {
   const void* input;
   const Real* down;  // [ranks, width]
   int64_t down_pitch;
-  Real* hidden;  // [tokens, ranks]; written forward, read backward
+  const Real* down_pairs;  // backward: as up_pairs
+  Real* hidden;            // [tokens, ranks]; written forward, read backward
   const BlockLoraMember<Real>* members;
   int64_t member_count;
   BlockLoraDropout dropout;
@@ -71,6 +73,16 @@ struct BlockLoraUp {
   Real* packed;
 };
 
+// Two rows of a matrix [ranks, columns] in a pitch as one, of pairs of bfloat16.
+template <typename Real>
+struct BlockLoraPairs {
+  const Real* thin;
+  int64_t ranks, pitch;
+  Real* pairs;
+};
+// Of so many ranks at most.
+constexpr int64_t kMostPairedRanks = 64;
+
 template <typename Real>
 struct BlockLoraBodies {
   // Tokens [first, last).
@@ -80,6 +92,8 @@ struct BlockLoraBodies {
   // Columns [first, last).
   void (*sum)(const BlockLoraSum<Real>&, int64_t first, int64_t last);
   void (*pack)(const BlockLoraUp<Real>&, int64_t first, int64_t last);
+  // Where the machine multiplies pairs; else null.
+  void (*pair)(const BlockLoraPairs<Real>&, int64_t first, int64_t last);
 };
 
 struct BlockLoraCpu {
@@ -94,6 +108,9 @@ namespace avx2 {
 extern const BlockLoraCpu block_lora_cpu;
 }
 namespace avx512 {
+extern const BlockLoraCpu block_lora_cpu;
+}
+namespace avx512_bf16 {
 extern const BlockLoraCpu block_lora_cpu;
 }
 

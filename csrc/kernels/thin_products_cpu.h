@@ -1,7 +1,7 @@
 // Products with a thin matrix [ranks, columns] on the CPU, lanes along the columns. What a row of ranks is
 // multiplied by stays in registers, as blocks of tokens times ranks or columns.
 #pragma once
-#include "lanes.h"
+#include "element_vectors.h"
 #include "read_ahead.h"
 
 namespace partune {
@@ -17,105 +17,6 @@ constexpr int kExpandVectors = 3;
 #endif
 constexpr int kProjectTokens = 3;
 constexpr int kAccumulateVectors = 3;
-
-// ---- elements as vectors of the computing type ----
-
-PARTUNE_FN Vector<float> widen_vector(const float* from) { return load_vector(from); }
-PARTUNE_FN Vector<double> widen_vector(const double* from) { return load_vector(from); }
-
-typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
-typedef uint32_t FloatBits __attribute__((vector_size(kVectorBytes)));
-
-// gcc makes five instructions of a conversion to a whole register of AVX-512.
-PARTUNE_FN Vector<float> widen_vector(const BFloat16* from) {
-#if defined(__AVX512F__)
-  const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-  return (Vector<float>)((FloatBits)_mm512_maskz_cvtepu16_epi32(__mmask16(0xffff), narrow) << 16);
-#else
-  Halves bits;
-  __builtin_memcpy(&bits, from, sizeof bits);
-  return (Vector<float>)(__builtin_convertvector(bits, FloatBits) << 16);
-#endif
-}
-
-PARTUNE_FN Vector<float> widen_vector(const Half* from) {
-#if defined(__AVX512F__)
-  return (Vector<float>)_mm512_maskz_cvtph_ps(0xffff,
-                                              _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-#elif defined(__AVX2__)
-  return (Vector<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-#else
-  Vector<float> wide;
-  for (int i = 0; i < kLanes<float>; ++i) wide[i] = widen(from[i]);
-  return wide;
-#endif
-}
-
-PARTUNE_FN void round_vector(Vector<float> v, float* to) { store_vector(v, to); }
-PARTUNE_FN void round_vector(Vector<double> v, double* to) { store_vector(v, to); }
-
-PARTUNE_FN void round_vector(Vector<float> v, BFloat16* to) {
-  const FloatBits bits = (FloatBits)v;
-  FloatBits rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-#if defined(__AVX512F__)
-  const __mmask16 nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
-  rounded =
-      (FloatBits)_mm512_mask_or_epi32((__m512i)rounded, nan, (__m512i)bits, _mm512_set1_epi32(0x400000));
-#else
-  const FloatBits nan = (FloatBits)(v != v);
-  rounded = (nan & (bits | 0x400000u)) | (~nan & rounded);
-#endif
-  const Halves out = __builtin_convertvector(rounded >> 16, Halves);
-  __builtin_memcpy(to, &out, sizeof out);
-}
-
-PARTUNE_FN void round_vector(Vector<float> v, Half* to) {
-#if defined(__AVX512F__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
-                      _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT));
-#elif defined(__AVX2__)
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
-#else
-  for (int i = 0; i < kLanes<float>; ++i) round_nearest(v[i], to[i]);
-#endif
-}
-
-template <typename Real>
-PARTUNE_FN Vector<Real> repeat(Real value) {
-  return value - Vector<Real>{};  // exact, so the compiler leaves the broadcast alone
-}
-
-// Keeps the compiler from reading a vector from memory again for each use of it.
-template <typename Real>
-PARTUNE_FN void keep_in_register(Vector<Real>& v) {
-#if defined(__AVX512F__)
-  asm("" : "+v"(v));
-#elif defined(__x86_64__)
-  asm("" : "+x"(v));
-#elif defined(__aarch64__)
-  asm("" : "+w"(v));
-#endif
-}
-
-// The first `count` elements, zeros behind them; and the store of as many.
-template <typename Real, typename Stored>
-PARTUNE_FN Vector<Real> widen_first(const Stored* from, int64_t count) {
-  if (count >= kLanes<Real>) return widen_vector(from);
-  Stored padded[kLanes<Real>] = {};
-  __builtin_memcpy(padded, from, uint64_t(count) * sizeof(Stored));
-  return widen_vector(padded);
-}
-
-template <typename Real, typename Stored>
-PARTUNE_FN void round_first(Vector<Real> v, Stored* to, int64_t count) {
-  if (count >= kLanes<Real>) {
-    round_vector(v, to);
-    return;
-  }
-  Stored padded[kLanes<Real>];
-  round_vector(v, padded);
-  __builtin_memcpy(to, padded, uint64_t(count) * sizeof(Stored));
-}
 
 template <typename Real>
 PARTUNE_FN Real sum_lanes(Vector<Real> v) {
@@ -343,7 +244,7 @@ PARTUNE_FN void write_row(const Vector<Real> (&values)[kVectors], bool add, int6
   }
 }
 
-template <int kTokens, int kVectors, typename Stored, typename Real>
+template <int kTokens, int kVectors, typename Stored, typename Real, typename Products>
 PARTUNE_FN void expand_block(Rows<const Real> factors, Rows<const Real> thin, int64_t ranks, int64_t last,
                              const Chunks<Stored>& out, ReadAhead& ahead) {
   constexpr int64_t kStep = kLanes<Real>;
@@ -356,10 +257,10 @@ PARTUNE_FN void expand_block(Rows<const Real> factors, Rows<const Real> thin, in
     for (int k = 0; k < kVectors; ++k) read[k] = widen_first<Real>(thin.row(rank) + k * kStep, count(k));
     PARTUNE_UNROLL
     for (int i = 0; i < kTokens; ++i) {
-      Vector<Real> factor = repeat(factors.row(i)[rank]);
+      Vector<Real> factor = Products::spread(factors.row(i) + rank);
       keep_in_register<Real>(factor);
       PARTUNE_UNROLL
-      for (int k = 0; k < kVectors; ++k) sums[i][k] = multiply_add(factor, read[k], sums[i][k]);
+      for (int k = 0; k < kVectors; ++k) sums[i][k] = Products::add(factor, read[k], sums[i][k]);
     }
   }
   for (int64_t chunk = 0; chunk < out.count; ++chunk) {
@@ -371,7 +272,7 @@ PARTUNE_FN void expand_block(Rows<const Real> factors, Rows<const Real> thin, in
   }
 }
 
-template <typename Stored, typename Real>
+template <typename Stored, typename Real, typename Products>
 struct ExpandTokens {
   Rows<const Real> factors, thin;
   int64_t ranks, columns;
@@ -383,21 +284,23 @@ struct ExpandTokens {
     const Rows<const Real> left{factors.row(token), factors.stride};
     int64_t column = 0;
     for (; column + kExpandVectors * kStep <= columns; column += kExpandVectors * kStep) {
-      expand_block<kTokens, kExpandVectors>(left, {thin.at + column, thin.stride}, ranks, kStep,
-                                            out.from(token, column), ahead);
+      expand_block<kTokens, kExpandVectors, Stored, Real, Products>(
+          left, {thin.at + column, thin.stride}, ranks, kStep, out.from(token, column), ahead);
     }
     for (; column < columns; column += kStep) {
       const int64_t rest = columns - column;
-      expand_block<kTokens, 1>(left, {thin.at + column, thin.stride}, ranks, rest < kStep ? rest : kStep,
-                               out.from(token, column), ahead);
+      expand_block<kTokens, 1, Stored, Real, Products>(left, {thin.at + column, thin.stride}, ranks,
+                                                       rest < kStep ? rest : kStep, out.from(token, column),
+                                                       ahead);
     }
   }
 };
 
-template <typename Stored, typename Real>
+template <typename Stored, typename Real, typename Products = Singles<Real>>
 static void expand(Rows<const Real> factors, int64_t tokens, Rows<const Real> thin, int64_t ranks,
                    int64_t columns, const Chunks<Stored>& out, ReadAhead& ahead) {
-  in_runs<kExpandTokens>(tokens, ExpandTokens<Stored, Real>{factors, thin, ranks, columns, out, ahead});
+  in_runs<kExpandTokens>(tokens,
+                         ExpandTokens<Stored, Real, Products>{factors, thin, ranks, columns, out, ahead});
 }
 template <typename Real>
 PARTUNE_FN int64_t expand_steps(int64_t tokens, int64_t ranks, int64_t columns) {

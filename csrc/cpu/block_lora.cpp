@@ -16,7 +16,7 @@ namespace partune {
 namespace {
 
 // Below that many elements a second thread costs more than it saves.
-constexpr int64_t kLoraGrain = 16384;
+constexpr int64_t kLoraGrain = 65536;
 // Blocks of tokens that leave sums of their own, and how much memory these may take.
 constexpr int64_t kMostBlocks = 32;
 constexpr int64_t kPartialBytes = int64_t{64} << 20;

@@ -45,8 +45,10 @@ def block_lora_linear(
     arms get the same gradient, so that arms that start equal stay equal. n = 1 is plain LoRA.
 
     Differentiable, once, with respect to input, biases, downs and ups. Of the size of tokens times
-    features nothing is saved but the input: dropout's mask is drawn again in the backward. Under
-    autocast input, weights and biases are cast as torch's linear casts them; adapters are not.
+    features nothing is saved but the input: dropout's mask is drawn again in the backward. What is
+    added to bfloat16 outputs and input gradients may be a product of factors rounded to bfloat16
+    (on CPUs with AVX512_BF16); the adapters' gradients never are. Under autocast input, weights
+    and biases are cast as torch's linear casts them; adapters are not.
 
     Args:
         input: float64, float32, bfloat16 or float16, [..., in]. Copied where it isn't contiguous.

@@ -17,7 +17,7 @@ from partune import _native
 from partune.optim import HalfAdamW
 from partune.selection import Half
 
-SHARE_OF_BAR = {"avx512": 1.0, "avx2": 0.5, "baseline": 0.0}[_native.require().cpu_isa()]
+SHARE_OF_BAR = {"avx512": 1.0, "avx2": 0.5}.get(_native.require().cpu_isa()[:6], 0.0)
 WIDE = {
     "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9,
     "num_key_value_heads": 3, "tie_word_embeddings": True,

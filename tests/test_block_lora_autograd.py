@@ -122,6 +122,23 @@ def test_leading_dimensions(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(actual, expected)
 
 
+@both_shares
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_shapes_alone_on_the_meta_device(share: str, dropout: float) -> None:
+    def on_meta(values: list[Any]) -> list[Any]:
+        return [v if v is None else torch.empty_like(v, device="meta") for v in values]
+
+    real, x = group(share, torch.bfloat16), tokens(torch.bfloat16)
+    lists = (real.weights, real.biases, real.downs, real.ups)
+    layers = Group(*(on_meta(values) for values in lists), share)
+    for trained in layers.trained():
+        trained.requires_grad_()
+    expected = real.step(real.linear, x)
+    actual = layers.step(lambda x: layers.linear(x, dropout=dropout), x.to("meta"))
+    assert {a.device.type for a in actual} == {"meta"}
+    assert [(a.shape, a.dtype) for a in actual] == [(e.shape, e.dtype) for e in expected]
+
+
 def test_inputs_with_gaps() -> None:
     layers = group("input")
     for x in (tokens()[..., :6].repeat(1, 1, 4)[..., ::2], tokens().transpose(0, 1)):

@@ -18,7 +18,7 @@ from partune import _native
 
 ROOT = Path(__file__).resolve().parent.parent
 OBJECTS = ROOT / "build" / "native" / "CMakeFiles"
-X86_ISAS = ("baseline", "avx2", "avx512")
+X86_ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
 
 
 COMPILED = [75, 80, 86, 87, 88, 89, 90, 100, 103, 110, 120, 121]  # by nvcc 13.0
@@ -273,10 +273,14 @@ def test_objects_of_an_instruction_set_share_no_symbols(isa_objects):
 
 def test_objects_of_an_instruction_set_hold_no_higher_instructions(isa_objects):
     isa, objects = isa_objects
-    registers = {"baseline": r"%[yz]mm", "avx2": r"%zmm|%k[0-7]\b", "avx512": r"$^"}[isa]
+    higher = {
+        "baseline": r"%[yz]mm", "avx2": r"%zmm|%k[0-7]\b", "avx512": r"\bv(dpbf16|cvtne)",
+        "avx512_bf16": r"$^",
+    }[isa]  # fmt: skip
     code = _output("objdump", "-d", "--no-show-raw-insn", *objects)
     assert "%xmm" in code
-    assert not re.search(registers, code)
+    assert not re.search(higher, code)
+    assert (isa == "avx512_bf16") == ("vdpbf16ps" in code)
 
 
 def _output(*command):

@@ -57,6 +57,13 @@ def test_dropout(ops: Any, device: torch.device, share: str, dtype: torch.dtype)
         check_backward(ops, tested, check_forward(ops, tested))
 
 
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+def test_more_ranks_than_are_multiplied_in_pairs(ops: Any) -> None:
+    for ranks in (64, 65):
+        tested = case((50, 40, [(70, ranks)], 1), torch.bfloat16)
+        check_backward(ops, tested, check_forward(ops, tested))
+
+
 @pytest.mark.parametrize("backend", ["cuda-emulated", GPU], indirect=True)
 def test_blocks_of_several_tiles_of_tokens(ops: Any, device: torch.device) -> None:
     """The least of which a block reads two tiles, one after the other."""

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <memory>
+#include <new>
 
 #include "../kernels/block_lora_cpu.h"
 #include "isa.h"
@@ -15,15 +16,28 @@ namespace partune {
 namespace {
 
 // Below that many elements a second thread costs more than it saves.
-constexpr int64_t kLoraGrain = 16384;
+constexpr int64_t kLoraGrain = 65536;
 // Blocks of tokens that leave sums of their own, and how much memory these may take.
 constexpr int64_t kMostBlocks = 32;
 constexpr int64_t kPartialBytes = int64_t{64} << 20;
-constexpr int64_t kLeastBlockTokens = int64_t{2} * kLoraTile;
+constexpr int64_t kFewestTokens = 128;
 
 template <typename Body>
 void by_columns(int64_t columns, int64_t rows, const Body& body) {
   torch::stable::parallel_for(0, columns, kLoraGrain / (rows + 1) + 1, body);
+}
+
+// Memory that begins with a line, whose loads cross none.
+struct FreeLines {
+  void operator()(void* lines) const { ::operator delete(lines, std::align_val_t{kLineBytes}); }
+};
+template <typename Real>
+using Lines = std::unique_ptr<Real[], FreeLines>;
+
+template <typename Real>
+Lines<Real> make_lines(int64_t count) {
+  void* lines = ::operator new(size_t(count) * sizeof(Real), std::align_val_t{kLineBytes});
+  return Lines<Real>(static_cast<Real*>(lines));
 }
 
 // A task with the adapters packed; `matrices` are the outputs or their gradients.
@@ -37,20 +51,22 @@ class PackedTask {
     const std::vector<BlockLoraMemberShape> shapes = members_of(op, name, a, group, matrices);
     pack_downs(a, shape);
     int64_t columns = 0, begin = 0;
-    for (const BlockLoraMemberShape& m : shapes) columns += m.rank * m.out;
-    ups_.reset(new Real[size_t(columns)]);
+    for (const BlockLoraMemberShape& m : shapes) columns += m.rank * pitch_of<Real>(m.out);
+    ups_ = make_lines<Real>(columns);
     for (size_t i = 0; i < shapes.size(); ++i) {
       const BlockLoraMemberShape& m = shapes[i];
+      const int64_t pitch = pitch_of<Real>(m.out);
       Real* packed = ups_.get() + begin;
-      begin += m.rank * m.out;
+      begin += m.rank * pitch;
       const BlockLoraUp<Real> up{static_cast<const Real*>(a.ups[i].const_data_ptr()),
                                  group.arms,
                                  m.out,
                                  m.rank,
+                                 pitch,
                                  Real(a.scales[i]),
                                  packed};
       by_columns(m.out, m.rank * group.arms, [&](int64_t b, int64_t e) { bodies.pack(up, b, e); });
-      members_[i] = {matrices[i].mutable_data_ptr(), packed, m.out, m.first, m.rank, 0};
+      members_[i] = {matrices[i].mutable_data_ptr(), packed, m.out, pitch, nullptr, m.first, m.rank, 0};
     }
     task.shape = shape;
     task.input = a.input.const_data_ptr();
@@ -67,22 +83,32 @@ class PackedTask {
   // Lays out a block's sums; how many blocks there are.
   int64_t lay_out_blocks(bool down_grad, bool up_grad) {
     const BlockLoraShape& shape = task.shape;
-    int64_t sums = down_grad ? shape.ranks * shape.width : 0;
-    const auto with_hidden = [&](int64_t block_tokens) { return block_tokens * shape.ranks + sums; };
+    int64_t sums = down_grad ? shape.ranks * task.down_pitch : 0;
     for (BlockLoraMember<Real>& m : members_) {
       m.partial = sums;
-      if (up_grad) sums += m.rank * m.out;
+      if (up_grad) sums += m.rank * m.pitch;
     }
     int64_t most = kPartialBytes / (sums * int64_t(sizeof(Real)) + 1);
     most = most < 1 ? 1 : most > kMostBlocks ? kMostBlocks : most;
-    const int64_t share = (shape.tokens + most - 1) / most;
-    const int64_t rounded = (share + kLeastBlockTokens - 1) / kLeastBlockTokens * kLeastBlockTokens;
-    task.block_tokens = rounded > 0 ? rounded : kLeastBlockTokens;
-    for (BlockLoraMember<Real>& m : members_) m.partial += task.block_tokens * shape.ranks;
-    task.partial_size = with_hidden(task.block_tokens);
+    // As many as keep an even number of threads equally busy.
+    int64_t blocks = (shape.tokens / kFewestTokens + 1) / 2 * 2;
+    blocks = blocks < 1 ? 1 : blocks > most ? most : blocks;
+    task.block_tokens = shape.tokens > blocks ? (shape.tokens + blocks - 1) / blocks : 1;
+    task.grad_hidden = sums;
+    task.partial_size = sums + pitch_of<Real>(task.block_tokens * shape.ranks);
     task.down_grad = down_grad;
     task.up_grad = up_grad;
     return (shape.tokens + task.block_tokens - 1) / task.block_tokens;
+  }
+
+  // For products that are rounded to bfloat16, where the machine multiplies pairs of it.
+  void pair_ups(const BlockLoraBodies<Real>& bodies) {
+    for (BlockLoraMember<Real>& m : members_) {
+      m.up_pairs = paired(bodies, m.up, m.rank, m.out, m.pitch);
+    }
+  }
+  void pair_downs(const BlockLoraBodies<Real>& bodies) {
+    task.down_pairs = paired(bodies, task.down, task.shape.ranks, task.shape.width, task.down_pitch);
   }
 
   const BlockLoraMember<Real>& member(size_t i) const { return members_[i]; }
@@ -90,28 +116,38 @@ class PackedTask {
   BlockLoraTask<Real> task{};
 
  private:
+  const Real* paired(const BlockLoraBodies<Real>& bodies, const Real* thin, int64_t ranks, int64_t columns,
+                     int64_t pitch) {
+    if (!bodies.pair || ranks > kMostPairedRanks) return nullptr;
+    pairs_.push_back(make_lines<Real>((ranks + 1) / 2 * pitch));
+    const BlockLoraPairs<Real> pairs{thin, ranks, pitch, pairs_.back().get()};
+    by_columns(columns, ranks, [&](int64_t b, int64_t e) { bodies.pair(pairs, b, e); });
+    return pairs.pairs;
+  }
+
   void pack_downs(const BlockLoraArguments& a, const BlockLoraShape& shape) {
-    if (a.downs.size() == 1) {
-      task.down = static_cast<const Real*>(a.downs[0].const_data_ptr());
-      return;
-    }
-    downs_.reset(new Real[size_t(shape.ranks * shape.width)]);
+    task.down_pitch = pitch_of<Real>(shape.width);
+    downs_ = make_lines<Real>(shape.ranks * task.down_pitch);
     Real* to = downs_.get();
     for (const Tensor& down : a.downs) {
-      if (down.numel() > 0) __builtin_memcpy(to, down.const_data_ptr(), size_t(down.numel()) * sizeof(Real));
-      to += down.numel();
+      const Real* from = static_cast<const Real*>(down.const_data_ptr());
+      for (int64_t i = 0; i < down.size(0) && shape.width > 0; ++i) {
+        __builtin_memcpy(to, from + i * shape.width, size_t(shape.width) * sizeof(Real));
+        to += task.down_pitch;
+      }
     }
     task.down = downs_.get();
   }
 
-  std::unique_ptr<Real[]> downs_, ups_;
+  Lines<Real> downs_, ups_;
+  std::vector<Lines<Real>> pairs_;
   std::vector<BlockLoraMember<Real>> members_;
 };
 
 // body(bodies) with the table of a tensor's dtype.
 template <typename Body>
 void with_lora_bodies(const Tensor& tensor, const Body& body) {
-  const BlockLoraCpu& table = PARTUNE_CPU_TABLE(block_lora_cpu);
+  const BlockLoraCpu& table = PARTUNE_CPU_TABLE_BF16(block_lora_cpu);
   switch (tensor.scalar_type()) {
     case ScalarType::Double:
       return body(table.float64);
@@ -129,8 +165,8 @@ void run_forward(const char* op, const BlockLoraBodies<Real>& bodies, const Bloc
                  const BlockLoraGroup& group, const LoraTensors& outputs, const Tensor& hidden) {
   PackedTask<Real> packed(op, bodies, a, group, "outputs", outputs);
   packed.task.hidden = static_cast<Real*>(hidden.mutable_data_ptr());
-  const int64_t tiles = (group.shape.tokens + kLoraTile - 1) / kLoraTile;
-  torch::stable::parallel_for(0, tiles, 1,
+  packed.pair_ups(bodies);
+  torch::stable::parallel_for(0, group.shape.tokens, kLoraTile,
                               [&](int64_t begin, int64_t end) { bodies.forward(packed.task, begin, end); });
 }
 
@@ -162,15 +198,15 @@ void sum_grads(const BlockLoraBodies<Real>& bodies, const BlockLoraArguments& a,
     by_columns(sum.columns, sum.rows * (blocks + 1),
                [&](int64_t begin, int64_t end) { bodies.sum(sum, begin, end); });
   };
-  const int64_t width = group.shape.width, downs = task.block_tokens * group.shape.ranks;
+  const int64_t width = group.shape.width;
   for (size_t i = 0; i < a.downs.size(); ++i) {
     const BlockLoraMember<Real>& m = packed.member(i);
     if (!b.grad_downs.empty()) {
-      run({task.partial + downs + m.first * width, blocks, task.partial_size, m.rank, width, Real(1),
-           static_cast<Real*>(b.grad_downs[i].mutable_data_ptr()), width, 1, 1, 0});
+      run({task.partial + m.first * task.down_pitch, blocks, task.partial_size, m.rank, width,
+           task.down_pitch, Real(1), static_cast<Real*>(b.grad_downs[i].mutable_data_ptr()), width, 1, 1, 0});
     }
     if (!b.grad_ups.empty()) {
-      run({task.partial + m.partial, blocks, task.partial_size, m.rank, m.out, Real(a.scales[i]),
+      run({task.partial + m.partial, blocks, task.partial_size, m.rank, m.out, m.pitch, Real(a.scales[i]),
            static_cast<Real*>(b.grad_ups[i].mutable_data_ptr()), 1, m.rank, group.arms, m.out * m.rank});
     }
   }
@@ -184,8 +220,9 @@ void run_backward(const char* op, const BlockLoraBodies<Real>& bodies, const Blo
   task.hidden = static_cast<Real*>(b.hidden.mutable_data_ptr());
   task.grad_input = b.grad_input ? b.grad_input->mutable_data_ptr() : nullptr;
   task.accumulate = b.accumulate;
+  if (b.grad_input) packed.pair_downs(bodies);
   const int64_t blocks = packed.lay_out_blocks(!b.grad_downs.empty(), !b.grad_ups.empty());
-  const std::unique_ptr<Real[]> partial(new Real[size_t(blocks * task.partial_size)]);
+  const Lines<Real> partial = make_lines<Real>(blocks * task.partial_size);
   task.partial = partial.get();
   torch::stable::parallel_for(0, blocks, 1,
                               [&](int64_t begin, int64_t end) { bodies.backward(task, begin, end); });

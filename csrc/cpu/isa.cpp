@@ -7,21 +7,24 @@
 namespace partune {
 namespace {
 
-constexpr Isa kAll[] = {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512};
+constexpr Isa kAll[] = {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16};
 
 bool machine_has(Isa isa) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 =
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   switch (isa) {
     case Isa::kBaseline:
       return true;
     case Isa::kAvx2:
       return avx2;
     case Isa::kAvx512:
-      return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+      return avx512;
+    case Isa::kAvx512Bf16:
+      return avx512 && __builtin_cpu_supports("avx512bf16");
   }
 #endif
   return isa == Isa::kBaseline;
@@ -35,6 +38,8 @@ const char* isa_name(Isa isa) {
       return "avx2";
     case Isa::kAvx512:
       return "avx512";
+    case Isa::kAvx512Bf16:
+      return "avx512_bf16";
     case Isa::kBaseline:
       break;
   }
@@ -56,8 +61,8 @@ Isa isa_from_name(const char* name) {
     throw std::runtime_error(std::string("PARTUNE_CPU_ISA=") + name + ", but this machine's best is " +
                              isa_name(best_isa()));
   }
-  throw std::runtime_error(std::string("PARTUNE_CPU_ISA must be baseline, avx2 or avx512, got '") + name +
-                           "'");
+  throw std::runtime_error(
+      std::string("PARTUNE_CPU_ISA must be baseline, avx2, avx512 or avx512_bf16, got '") + name + "'");
 }
 
 Isa cpu_isa() {

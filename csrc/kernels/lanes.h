@@ -169,7 +169,13 @@ PARTUNE_FN void store_lanes(const TwoLanes<Real>& lanes, Real* to) {
   store_vector(lanes.at[1].at, to + kLanes<Real>);
 }
 
-#if defined(__AVX512F__)
+#if defined(__AVX512BF16__)
+// Denormal numbers become zeros.
+PARTUNE_FN void store_lanes(const TwoLanes<float>& lanes, BFloat16* to) {
+  const __m512bh rounded = _mm512_cvtne2ps_pbh((__m512)lanes.at[1].at, (__m512)lanes.at[0].at);
+  __builtin_memcpy(to, &rounded, sizeof rounded);
+}
+#elif defined(__AVX512F__)
 // The upper words, and one more where the lower word, or an odd upper one beside a lower of 0x8000, asks
 // for it. Only a NaN's upper word is 0x7fff or 0xffff, and stays as it is.
 PARTUNE_FN void store_lanes(const TwoLanes<float>& lanes, BFloat16* to) {
@@ -184,7 +190,9 @@ PARTUNE_FN void store_lanes(const TwoLanes<float>& lanes, BFloat16* to) {
   const __mmask32 finite = _mm512_mask_cmpneq_epu16_mask(up, _mm512_or_si512(upper, half), ones);
   _mm512_storeu_si512(to, _mm512_mask_sub_epi16(upper, finite, upper, ones));
 }
+#endif
 
+#if defined(__AVX512F__)
 PARTUNE_FN void store_lanes(const TwoLanes<float>& lanes, Half* to) {
   for (int half = 0; half < 2; ++half) {
     const __m256i words = _mm512_maskz_cvtps_ph(__mmask16(0xffff), (__m512)lanes.at[half].at,

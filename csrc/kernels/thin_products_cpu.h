@@ -1,7 +1,8 @@
 // Products with a thin matrix [ranks, columns] on the CPU, lanes along the columns. What a row of ranks is
 // multiplied by stays in registers, as blocks of tokens times ranks or columns.
 #pragma once
-#include "vector.h"
+#include "element_vectors.h"
+#include "read_ahead.h"
 
 namespace partune {
 
@@ -16,99 +17,6 @@ constexpr int kExpandVectors = 3;
 #endif
 constexpr int kProjectTokens = 3;
 constexpr int kAccumulateVectors = 3;
-
-// ---- elements as vectors of the computing type ----
-
-PARTUNE_FN Vector<float> widen_vector(const float* from) { return load_vector(from); }
-PARTUNE_FN Vector<double> widen_vector(const double* from) { return load_vector(from); }
-
-typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
-typedef uint32_t FloatBits __attribute__((vector_size(kVectorBytes)));
-
-PARTUNE_FN Vector<float> widen_vector(const BFloat16* from) {
-  Halves bits;
-  __builtin_memcpy(&bits, from, sizeof bits);
-  return (Vector<float>)(__builtin_convertvector(bits, FloatBits) << 16);
-}
-
-PARTUNE_FN Vector<float> widen_vector(const Half* from) {
-#if defined(__AVX512F__)
-  return (Vector<float>)_mm512_maskz_cvtph_ps(0xffff,
-                                              _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-#elif defined(__AVX2__)
-  return (Vector<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-#else
-  Vector<float> wide;
-  for (int i = 0; i < kLanes<float>; ++i) wide[i] = widen(from[i]);
-  return wide;
-#endif
-}
-
-PARTUNE_FN void round_vector(Vector<float> v, float* to) { store_vector(v, to); }
-PARTUNE_FN void round_vector(Vector<double> v, double* to) { store_vector(v, to); }
-
-PARTUNE_FN void round_vector(Vector<float> v, BFloat16* to) {
-  const FloatBits bits = (FloatBits)v;
-  FloatBits rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-#if defined(__AVX512F__)
-  const __mmask16 nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
-  rounded =
-      (FloatBits)_mm512_mask_or_epi32((__m512i)rounded, nan, (__m512i)bits, _mm512_set1_epi32(0x400000));
-#else
-  const FloatBits nan = (FloatBits)(v != v);
-  rounded = (nan & (bits | 0x400000u)) | (~nan & rounded);
-#endif
-  const Halves out = __builtin_convertvector(rounded >> 16, Halves);
-  __builtin_memcpy(to, &out, sizeof out);
-}
-
-PARTUNE_FN void round_vector(Vector<float> v, Half* to) {
-#if defined(__AVX512F__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
-                      _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT));
-#elif defined(__AVX2__)
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
-#else
-  for (int i = 0; i < kLanes<float>; ++i) round_nearest(v[i], to[i]);
-#endif
-}
-
-template <typename Real>
-PARTUNE_FN Vector<Real> repeat(Real value) {
-  return value - Vector<Real>{};  // exact, so the compiler leaves the broadcast alone
-}
-
-// Keeps the compiler from reading a vector from memory again for each use of it.
-template <typename Real>
-PARTUNE_FN void keep_in_register(Vector<Real>& v) {
-#if defined(__AVX512F__)
-  asm("" : "+v"(v));
-#elif defined(__x86_64__)
-  asm("" : "+x"(v));
-#elif defined(__aarch64__)
-  asm("" : "+w"(v));
-#endif
-}
-
-// The first `count` elements, zeros behind them; and the store of as many.
-template <typename Real, typename Stored>
-PARTUNE_FN Vector<Real> widen_first(const Stored* from, int64_t count) {
-  if (count >= kLanes<Real>) return widen_vector(from);
-  Stored padded[kLanes<Real>] = {};
-  __builtin_memcpy(padded, from, uint64_t(count) * sizeof(Stored));
-  return widen_vector(padded);
-}
-
-template <typename Real, typename Stored>
-PARTUNE_FN void round_first(Vector<Real> v, Stored* to, int64_t count) {
-  if (count >= kLanes<Real>) {
-    round_vector(v, to);
-    return;
-  }
-  Stored padded[kLanes<Real>];
-  round_vector(v, padded);
-  __builtin_memcpy(to, padded, uint64_t(count) * sizeof(Stored));
-}
 
 template <typename Real>
 PARTUNE_FN Real sum_lanes(Vector<Real> v) {
@@ -150,18 +58,20 @@ struct Rows {
   PARTUNE_MEMBER T* row(int64_t i) const { return at + i * stride; }
 };
 
-// Calls body.run<n>(begin) for runs of kMost, and then of half as many, until [0, count) is done.
+PARTUNE_FN int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Calls body.run<n>(begin) for runs of kMost, and then of fewer, until [0, count) is done.
 template <int kMost, typename Body>
 PARTUNE_FN void in_runs(int64_t count, const Body& body, int64_t begin = 0) {
   for (; begin + kMost <= count; begin += kMost) body.template run<kMost>(begin);
-  if constexpr (kMost > 1) in_runs<kMost / 2>(count, body, begin);
+  if constexpr (kMost > 1) in_runs<(kMost > 3 ? kMost / 2 : kMost - 1)>(count, body, begin);
 }
 
 // ---- products[token][rank] += Σ x[token][column]·thin[rank][column] ----
 
-template <int kTokens, int kRanks, typename Real>
-PARTUNE_FN void project_block(Rows<const Real> x, Rows<const Real> thin, int64_t columns,
-                              Rows<Real> products) {
+template <int kTokens, int kRanks, typename Stored, typename Real>
+PARTUNE_FN void project_block(Rows<const Stored> x, Rows<const Real> thin, int64_t columns,
+                              Rows<Real> products, ReadAhead& ahead) {
   constexpr int64_t kStep = kLanes<Real>;
   Vector<Real> sums[kTokens][kRanks] = {};
   const auto add = [&](int64_t column, int64_t count) __attribute__((always_inline)) {
@@ -177,49 +87,60 @@ PARTUNE_FN void project_block(Rows<const Real> x, Rows<const Real> thin, int64_t
     }
   };
   int64_t column = 0;
-  for (; column + kStep <= columns; column += kStep) add(column, kStep);
+  for (; column + kStep <= columns; column += kStep) {
+    ahead.ask();
+    add(column, kStep);
+  }
   if (column < columns) add(column, columns - column);
   PARTUNE_UNROLL
   for (int i = 0; i < kTokens; ++i) add_lane_sums(sums[i], products.row(i));
 }
 
-template <int kRanks, typename Real>
+template <int kRanks, typename Stored, typename Real>
 struct ProjectTokens {
-  Rows<const Real> x, thin;
+  Rows<const Stored> x;
+  Rows<const Real> thin;
   int64_t columns;
   Rows<Real> products;
+  ReadAhead& ahead;
   template <int kTokens>
   PARTUNE_MEMBER void run(int64_t token) const {
-    project_block<kTokens, kRanks>({x.row(token), x.stride}, thin, columns,
-                                   {products.row(token), products.stride});
+    project_block<kTokens, kRanks, Stored, Real>({x.row(token), x.stride}, thin, columns,
+                                                 {products.row(token), products.stride}, ahead);
   }
 };
 
-template <typename Real>
+template <typename Stored, typename Real>
 struct ProjectRanks {
-  Rows<const Real> x, thin;
+  Rows<const Stored> x;
+  Rows<const Real> thin;
   int64_t columns;
   Rows<Real> products;
   int64_t tokens;
+  ReadAhead& ahead;
   template <int kRanks>
   PARTUNE_MEMBER void run(int64_t rank) const {
-    const ProjectTokens<kRanks, Real> body{
-        x, {thin.row(rank), thin.stride}, columns, {products.at + rank, products.stride}};
+    const ProjectTokens<kRanks, Stored, Real> body{
+        x, {thin.row(rank), thin.stride}, columns, {products.at + rank, products.stride}, ahead};
     in_runs<kProjectTokens>(tokens, body);
   }
 };
 
+template <typename Stored, typename Real>
+static void project(Rows<const Stored> x, int64_t tokens, Rows<const Real> thin, int64_t ranks,
+                    int64_t columns, Rows<Real> products, ReadAhead& ahead) {
+  in_runs<kRankBlock>(ranks, ProjectRanks<Stored, Real>{x, thin, columns, products, tokens, ahead});
+}
 template <typename Real>
-static void project(Rows<const Real> x, int64_t tokens, Rows<const Real> thin, int64_t ranks, int64_t columns,
-                    Rows<Real> products) {
-  in_runs<kRankBlock>(ranks, ProjectRanks<Real>{x, thin, columns, products, tokens});
+PARTUNE_FN int64_t project_steps(int64_t tokens, int64_t ranks, int64_t columns) {
+  return quotient_up(tokens, kProjectTokens) * quotient_up(ranks, kRankBlock) * (columns / kLanes<Real>);
 }
 
 // ---- sums[rank][column] += Σ factors[token][rank]·x[token][column] ----
 
-template <int kRanks, int kVectors, typename Real>
-PARTUNE_FN void accumulate_block(Rows<const Real> factors, Rows<const Real> x, int64_t tokens, int64_t last,
-                                 Rows<Real> sums) {
+template <int kRanks, int kVectors, typename Stored, typename Real>
+PARTUNE_FN void accumulate_block(Rows<const Real> factors, Rows<const Stored> x, int64_t tokens, int64_t last,
+                                 Rows<Real> sums, ReadAhead& ahead) {
   constexpr int64_t kStep = kLanes<Real>;
   // Of the last vector `last` elements exist.
   const auto count = [&](int k) __attribute__((always_inline)) { return k + 1 < kVectors ? kStep : last; };
@@ -230,6 +151,7 @@ PARTUNE_FN void accumulate_block(Rows<const Real> factors, Rows<const Real> x, i
     for (int k = 0; k < kVectors; ++k) kept[j][k] = widen_first<Real>(sums.row(j) + k * kStep, count(k));
   }
   for (int64_t token = 0; token < tokens; ++token) {
+    ahead.ask();
     Vector<Real> read[kVectors];
     PARTUNE_UNROLL
     for (int k = 0; k < kVectors; ++k) read[k] = widen_first<Real>(x.row(token) + k * kStep, count(k));
@@ -248,32 +170,39 @@ PARTUNE_FN void accumulate_block(Rows<const Real> factors, Rows<const Real> x, i
   }
 }
 
-template <typename Real>
+template <typename Stored, typename Real>
 struct AccumulateRanks {
-  Rows<const Real> factors, x;
+  Rows<const Real> factors;
+  Rows<const Stored> x;
   int64_t tokens, columns;
   Rows<Real> sums;
+  ReadAhead& ahead;
   template <int kRanks>
   PARTUNE_MEMBER void run(int64_t rank) const {
     constexpr int64_t kStep = kLanes<Real>;
     const Rows<const Real> left{factors.at + rank, factors.stride};
     int64_t column = 0;
     for (; column + kAccumulateVectors * kStep <= columns; column += kAccumulateVectors * kStep) {
-      accumulate_block<kRanks, kAccumulateVectors>(left, {x.at + column, x.stride}, tokens, kStep,
-                                                   {sums.row(rank) + column, sums.stride});
+      accumulate_block<kRanks, kAccumulateVectors, Stored, Real>(
+          left, {x.at + column, x.stride}, tokens, kStep, {sums.row(rank) + column, sums.stride}, ahead);
     }
     for (; column < columns; column += kStep) {
       const int64_t rest = columns - column;
-      accumulate_block<kRanks, 1>(left, {x.at + column, x.stride}, tokens, rest < kStep ? rest : kStep,
-                                  {sums.row(rank) + column, sums.stride});
+      accumulate_block<kRanks, 1, Stored, Real>(left, {x.at + column, x.stride}, tokens,
+                                                rest < kStep ? rest : kStep,
+                                                {sums.row(rank) + column, sums.stride}, ahead);
     }
   }
 };
 
+template <typename Stored, typename Real>
+static void accumulate(Rows<const Real> factors, Rows<const Stored> x, int64_t tokens, int64_t ranks,
+                       int64_t columns, Rows<Real> sums, ReadAhead& ahead) {
+  in_runs<kRankBlock>(ranks, AccumulateRanks<Stored, Real>{factors, x, tokens, columns, sums, ahead});
+}
 template <typename Real>
-static void accumulate(Rows<const Real> factors, Rows<const Real> x, int64_t tokens, int64_t ranks,
-                       int64_t columns, Rows<Real> sums) {
-  in_runs<kRankBlock>(ranks, AccumulateRanks<Real>{factors, x, tokens, columns, sums});
+PARTUNE_FN int64_t accumulate_steps(int64_t tokens, int64_t ranks, int64_t columns) {
+  return tokens * quotient_up(ranks, kRankBlock) * quotient_up(columns, kAccumulateVectors * kLanes<Real>);
 }
 
 // ---- chunk[token][column] = (add ? chunk : 0) + Σ factors[token][rank]·thin[rank][column] ----
@@ -289,64 +218,93 @@ struct Chunks {
   }
 };
 
-template <int kTokens, int kVectors, typename Stored, typename Real>
+// to = (add ? to : 0) + values; of the last vector `last` elements exist, all of it where vectors are even in
+// number.
+template <int kVectors, typename Stored, typename Real>
+PARTUNE_FN void write_row(const Vector<Real> (&values)[kVectors], bool add, int64_t last, Stored* to) {
+  constexpr int64_t kStep = kLanes<Real>;
+  if constexpr (kVectors % 2 == 0) {
+    PARTUNE_UNROLL
+    for (int k = 0; k < kVectors; k += 2) {
+      TwoLanes<Real> both = {{Lanes<Real>(values[k]), Lanes<Real>(values[k + 1])}};
+      if (add) {
+        const TwoLanes<Real> before = load_lanes(to + k * kStep);
+        both = {{both.at[0] + before.at[0], both.at[1] + before.at[1]}};
+      }
+      store_lanes(both, to + k * kStep);
+    }
+  } else {
+    PARTUNE_UNROLL
+    for (int k = 0; k < kVectors; ++k) {
+      const int64_t count = k + 1 < kVectors ? kStep : last;
+      Vector<Real> value = values[k];
+      if (add) value = value + widen_first<Real>(to + k * kStep, count);
+      round_first<Real>(value, to + k * kStep, count);
+    }
+  }
+}
+
+template <int kTokens, int kVectors, typename Stored, typename Real, typename Products>
 PARTUNE_FN void expand_block(Rows<const Real> factors, Rows<const Real> thin, int64_t ranks, int64_t last,
-                             const Chunks<Stored>& out) {
+                             const Chunks<Stored>& out, ReadAhead& ahead) {
   constexpr int64_t kStep = kLanes<Real>;
   const auto count = [&](int k) __attribute__((always_inline)) { return k + 1 < kVectors ? kStep : last; };
   Vector<Real> sums[kTokens][kVectors] = {};
   for (int64_t rank = 0; rank < ranks; ++rank) {
+    ahead.ask();
     Vector<Real> read[kVectors];
     PARTUNE_UNROLL
     for (int k = 0; k < kVectors; ++k) read[k] = widen_first<Real>(thin.row(rank) + k * kStep, count(k));
     PARTUNE_UNROLL
     for (int i = 0; i < kTokens; ++i) {
-      Vector<Real> factor = repeat(factors.row(i)[rank]);
+      Vector<Real> factor = Products::spread(factors.row(i) + rank);
       keep_in_register<Real>(factor);
       PARTUNE_UNROLL
-      for (int k = 0; k < kVectors; ++k) sums[i][k] = multiply_add(factor, read[k], sums[i][k]);
+      for (int k = 0; k < kVectors; ++k) sums[i][k] = Products::add(factor, read[k], sums[i][k]);
     }
   }
   for (int64_t chunk = 0; chunk < out.count; ++chunk) {
     PARTUNE_UNROLL
     for (int i = 0; i < kTokens; ++i) {
-      PARTUNE_UNROLL
-      for (int k = 0; k < kVectors; ++k) {
-        Stored* to = out.first.row(i) + chunk * out.step + k * kStep;
-        Vector<Real> value = sums[i][k];
-        if (out.add) value = value + widen_first<Real>(to, count(k));
-        round_first<Real>(value, to, count(k));
-      }
+      Stored* to = out.first.row(i) + chunk * out.step;
+      write_row<kVectors, Stored, Real>(sums[i], out.add, last, to);
     }
   }
 }
 
-template <typename Stored, typename Real>
+template <typename Stored, typename Real, typename Products>
 struct ExpandTokens {
   Rows<const Real> factors, thin;
   int64_t ranks, columns;
   Chunks<Stored> out;
+  ReadAhead& ahead;
   template <int kTokens>
   PARTUNE_MEMBER void run(int64_t token) const {
     constexpr int64_t kStep = kLanes<Real>;
     const Rows<const Real> left{factors.row(token), factors.stride};
     int64_t column = 0;
     for (; column + kExpandVectors * kStep <= columns; column += kExpandVectors * kStep) {
-      expand_block<kTokens, kExpandVectors>(left, {thin.at + column, thin.stride}, ranks, kStep,
-                                            out.from(token, column));
+      expand_block<kTokens, kExpandVectors, Stored, Real, Products>(
+          left, {thin.at + column, thin.stride}, ranks, kStep, out.from(token, column), ahead);
     }
     for (; column < columns; column += kStep) {
       const int64_t rest = columns - column;
-      expand_block<kTokens, 1>(left, {thin.at + column, thin.stride}, ranks, rest < kStep ? rest : kStep,
-                               out.from(token, column));
+      expand_block<kTokens, 1, Stored, Real, Products>(left, {thin.at + column, thin.stride}, ranks,
+                                                       rest < kStep ? rest : kStep, out.from(token, column),
+                                                       ahead);
     }
   }
 };
 
-template <typename Stored, typename Real>
+template <typename Stored, typename Real, typename Products = Singles<Real>>
 static void expand(Rows<const Real> factors, int64_t tokens, Rows<const Real> thin, int64_t ranks,
-                   int64_t columns, const Chunks<Stored>& out) {
-  in_runs<kExpandTokens>(tokens, ExpandTokens<Stored, Real>{factors, thin, ranks, columns, out});
+                   int64_t columns, const Chunks<Stored>& out, ReadAhead& ahead) {
+  in_runs<kExpandTokens>(tokens,
+                         ExpandTokens<Stored, Real, Products>{factors, thin, ranks, columns, out, ahead});
+}
+template <typename Real>
+PARTUNE_FN int64_t expand_steps(int64_t tokens, int64_t ranks, int64_t columns) {
+  return quotient_up(tokens, kExpandTokens) * ranks * quotient_up(columns, kExpandVectors * kLanes<Real>);
 }
 
 }  // namespace partune

@@ -16,7 +16,7 @@ import torch
 import partune
 from partune import _native
 
-ISAS = ("baseline", "avx2", "avx512")
+ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
 
 
 def collect_info() -> dict[str, Any]:

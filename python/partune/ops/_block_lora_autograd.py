@@ -6,6 +6,7 @@ of tokens times features lives beside it; of that size the input alone is saved.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from partune.ops._contract import OPS
 
 def _rows(value: Tensor) -> Tensor:
     """[tokens, features], contiguous."""
+    if value.dim() == 2 and value.is_contiguous():
+        return value
     return (value.unsqueeze(0) if value.dim() == 1 else value.flatten(0, -2)).contiguous()
 
 
@@ -24,6 +27,12 @@ def _like(rows: Tensor, input: Tensor) -> Tensor:
     if input.dim() == 2:
         return rows
     return torch.ops.aten._unsafe_view(rows, [*input.shape[:-1], rows.shape[-1]])  # type: ignore[no-any-return]
+
+
+def _no_autocast(device: str) -> AbstractContextManager[Any]:
+    if device != "meta" and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 def _refuse_second_derivative(grads: tuple[Tensor, ...]) -> None:
@@ -47,7 +56,7 @@ def _backward(
     grad_downs = [torch.empty_like(down) for down in downs] if trained[0] else []
     grad_ups = [torch.empty_like(up) for up in ups] if trained[1] else []
     if grad_input is not None or trained[0] or trained[1]:
-        OPS["block_lora_backward_"].overload(
+        OPS["block_lora_backward_"].run_on_fresh(
             grad_input, grad_downs, grad_ups, grads, _rows(input), hidden, downs, ups,
             seed=seed, step=step, accumulate=accumulate, **ctx.options,
         )  # fmt: skip
@@ -82,7 +91,7 @@ class BlockLoRALinear(torch.autograd.Function):
             for weight, bias in zip(weights, biases, strict=True)
         ]
         ctx.options = {"scales": scales, "share": share, "dropout": dropout, "layer_id": layer_id}
-        hidden = OPS["block_lora_"].overload(
+        hidden = OPS["block_lora_"].run_on_fresh(
             outputs, rows, list(downs), list(ups), seed=seed, step=step, **ctx.options
         )
         kept = weights if ctx.needs_input_grad[0] else [None] * count
@@ -95,22 +104,22 @@ class BlockLoRALinear(torch.autograd.Function):
         count = len(grads)
         saved = ctx.saved_tensors
         weights = saved[-count:]
-        needs_bias = ctx.needs_input_grad[7 + count : 7 + 2 * count]
-        needs_down = any(ctx.needs_input_grad[7 + 2 * count : 7 + 3 * count])
-        needs_up = any(ctx.needs_input_grad[7 + 3 * count :])
+        needed = ctx.needs_input_grad
+        needs_down = any(needed[7 + 2 * count : 7 + 3 * count])
+        needs_up = any(needed[7 + 3 * count :])
         rows = [_rows(grad) for grad in grads]
-        with torch.autocast(rows[0].device.type, enabled=False):
+        with _no_autocast(rows[0].device.type):
             grad_input = None
-            if ctx.needs_input_grad[0]:
-                grad_input = rows[0] @ weights[0]
+            if needed[0]:
+                grad_input = torch.mm(rows[0], weights[0])
                 for grad, weight in zip(rows[1:], weights[1:], strict=True):
                     grad_input.addmm_(grad, weight)
             grad_downs, grad_ups = _backward(
                 ctx, rows, grad_input, True, saved[:-count], (needs_down, needs_up)
             )
             grad_biases = [
-                grad.sum(0) if needed else None
-                for grad, needed in zip(rows, needs_bias, strict=True)
+                grad.sum(0) if needs_bias else None
+                for grad, needs_bias in zip(rows, needed[7 + count : 7 + 2 * count], strict=True)
             ]
         return (
             None if grad_input is None else grad_input.view(saved[0].shape),

@@ -17,6 +17,7 @@ from partune.ops._block_lora_checks import (
     check_dropout,
     check_linears,
     computing_type,
+    is_plain_linear,
 )
 from partune.ops._contract import Op, call, register
 
@@ -44,8 +45,10 @@ def block_lora_linear(
     arms get the same gradient, so that arms that start equal stay equal. n = 1 is plain LoRA.
 
     Differentiable, once, with respect to input, biases, downs and ups. Of the size of tokens times
-    features nothing is saved but the input: dropout's mask is drawn again in the backward. Under
-    autocast input, weights and biases are cast as torch's linear casts them; adapters are not.
+    features nothing is saved but the input: dropout's mask is drawn again in the backward. What is
+    added to bfloat16 outputs and input gradients may be a product of factors rounded to bfloat16
+    (on CPUs with AVX512_BF16); the adapters' gradients never are. Under autocast input, weights
+    and biases are cast as torch's linear casts them; adapters are not.
 
     Args:
         input: float64, float32, bfloat16 or float16, [..., in]. Copied where it isn't contiguous.
@@ -78,17 +81,20 @@ def block_lora_linear(
         >>> block_lora_linear(x, [weight], [None], [down], [up], scales=[0.5])
         [tensor([[2.5000, 2.0000]])]
     """
-    check_adapters(input, downs, ups, scales, share)
-    check_linears(weights, biases, input, ups)
-    dtype = _autocast_dtype(input)
-    if dtype is not None:
-        input = input.to(dtype)
-        weights = [weight.to(dtype) for weight in weights]
-        biases = [None if bias is None else bias.to(dtype) for bias in biases]
-    for name, values in (("weights", weights), ("biases", biases)):
-        _check_dtypes(name, values, input)
-    downs, ups = _computing(input, downs), _computing(input, ups)
-    seed, step = _draws_from(input, dropout, seed, step, layer_id)
+    tracing = torch.compiler.is_compiling() or torch.compiler.is_exporting()
+    if tracing or not is_plain_linear(input, weights, biases, downs, ups, scales, share):
+        check_adapters(input, downs, ups, scales, share)
+        check_linears(weights, biases, input, ups)
+        dtype = _autocast_dtype(input)
+        if dtype is not None:
+            input = input.to(dtype)
+            weights = [weight.to(dtype) for weight in weights]
+            biases = [None if bias is None else bias.to(dtype) for bias in biases]
+        for name, values in (("weights", weights), ("biases", biases)):
+            _check_dtypes(name, values, input)
+        downs, ups = _computing(input, downs), _computing(input, ups)
+    if dropout != 0.0 or seed is not None or step is not None or layer_id != 0:
+        seed, step = _draws_from(input, dropout, seed, step, layer_id)
     outputs = autograd.BlockLoRALinear.apply(  # type: ignore[no-untyped-call]
         input, seed, step, tuple(scales), share, dropout, layer_id,
         *weights, *biases, *downs, *ups,
@@ -254,7 +260,9 @@ def block_lora_backward_(
 def _autocast_dtype(input: Tensor) -> torch.dtype | None:
     """What autocast casts a linear's input to, if it does."""
     device = input.device.type
-    if input.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    if input.dtype == torch.float64 or device == "meta":  # autocast doesn't know of the latter
+        return None
+    if not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
 

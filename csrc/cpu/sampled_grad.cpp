@@ -20,7 +20,7 @@ namespace partune {
 namespace {
 
 constexpr int64_t kEntriesOfThread = 64;  // not worth dividing further
-constexpr int64_t kPanelColumns = 512;    // whose packed tokens take half of an L2 cache
+constexpr int64_t kPanelColumns = 640;    // at most: their packed tokens leave room in an L2 cache
 constexpr int64_t kPartRows = 2048;       // about so many rows are packed at once, at most
 constexpr int64_t kPanelBytes = int64_t(2) << 20;
 constexpr int64_t kSampledColumns = 256;  // to divide the columns by
@@ -104,14 +104,16 @@ class Sampled {
     const int64_t first_row = row_of(call_.csr, begin), last_row = row_of(call_.csr, end - 1) + 1;
     const std::vector<int64_t> starts = starts_of(first_row, last_row, begin, end, first_column);
     std::vector<int64_t> cursors(starts.size());
-    const int64_t panel_columns = std::min(kPanelColumns, last_column - first_column);
+    const int64_t columns = last_column - first_column;
+    const int64_t panels = (columns + kPanelColumns - 1) / kPanelColumns;
+    const int64_t panel_columns = (columns + panels - 1) / panels;
     char* grad = kept_workspace((last_row - first_row + panel_columns) * kPackedBytes);
     char* input = grad + (last_row - first_row) * kPackedBytes;
     for (int64_t token = 0; token < call_.tokens; token += bodies_.block_tokens) {
       pack(call_.grad, token, first_row, last_row, grad);
       std::copy(starts.begin(), starts.end(), cursors.begin());
-      for (int64_t column = first_column; column < last_column; column += kPanelColumns) {
-        const int64_t stop = std::min(column + kPanelColumns, last_column);
+      for (int64_t column = first_column; column < last_column; column += panel_columns) {
+        const int64_t stop = std::min(column + panel_columns, last_column);
         pack(call_.input, token, column, stop, input);
         const SampledGradPanel<Real> panel{
             grad, input, tokens_of(token), column, stop, call_.csr, static_cast<Real*>(call_.values)};

@@ -70,8 +70,8 @@ def sampled_grad_(
     """
     grad, input = _rows_contiguous(grad), _rows_contiguous(input)
     if route == "auto":
-        check_sampled_grad_(values, grad, input, crow_indices, col_indices, route=ROUTES[0])
-        route = choose_route(grad, input, col_indices)
+        matrices = isinstance(col_indices, Tensor) and _is_matrix(grad) and _is_matrix(input)
+        route = choose_route(grad, input, col_indices) if matrices else ROUTES[0]
     call("sampled_grad_", values, grad, input, crow_indices, col_indices, route=route)
 
 
@@ -119,9 +119,12 @@ def _wide(grad: Tensor) -> torch.dtype:
     return torch.float64 if grad.dtype == torch.float64 else torch.float32
 
 
+def _is_matrix(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 2
+
+
 def _rows_contiguous(matrix: Tensor) -> Tensor:
-    is_matrix = isinstance(matrix, Tensor) and matrix.dim() == 2
-    return matrix.contiguous() if is_matrix and not _has_whole_rows(matrix) else matrix
+    return matrix.contiguous() if _is_matrix(matrix) and not _has_whole_rows(matrix) else matrix
 
 
 def _has_whole_rows(matrix: Tensor) -> bool:

@@ -115,8 +115,19 @@ class Sampled {
       for (int64_t column = first_column; column < last_column; column += panel_columns) {
         const int64_t stop = std::min(column + panel_columns, last_column);
         pack(call_.input, token, column, stop, input);
+        const bool last = stop == last_column;
+        const int64_t next = last ? token + bodies_.block_tokens : token;
+        const int64_t next_column = last ? first_column : stop;
         const SampledGradPanel<Real> panel{
-            grad, input, tokens_of(token), column, stop, call_.csr, static_cast<Real*>(call_.values)};
+            grad,
+            input,
+            tokens_of(token),
+            column,
+            stop,
+            call_.csr,
+            static_cast<Real*>(call_.values),
+            {ahead(call_.grad, next, first_row, last ? last_row : first_row),
+             ahead(call_.input, next, next_column, std::min(next_column + panel_columns, last_column))}};
         bodies_.product(panel, first_row, last_row, end, cursors.data());
       }
     }
@@ -136,6 +147,13 @@ class Sampled {
   }
 
   int64_t tokens_of(int64_t first) const { return std::min(bodies_.block_tokens, call_.tokens - first); }
+
+  FactorAhead ahead(const Factor& factor, int64_t token, int64_t begin, int64_t end) const {
+    if (token >= call_.tokens || begin == end) return {};
+    const char* data =
+        static_cast<const char*>(factor.data) + (token * factor.stride + begin) * element_size_;
+    return {data, tokens_of(token), (end - begin) * element_size_, factor.stride * element_size_};
+  }
 
   void pack(const Factor& factor, int64_t token, int64_t begin, int64_t end, char* packed) const {
     const char* data = static_cast<const char*>(factor.data) + token * factor.stride * element_size_;

@@ -7,6 +7,12 @@ namespace partune {
 // Tokens are taken a block at a time; of a block, a column of a factor is packed into so many bytes.
 constexpr int64_t kPackedBytes = 1024;
 
+// Part of a factor that is packed next: `bytes` of `tokens` rows, which lie `stride` bytes apart.
+struct FactorAhead {
+  const char* data;
+  int64_t tokens, bytes, stride;
+};
+
 // Of a block of tokens, some columns of the product: factors packed [rows or columns, kPackedBytes], zeros
 // behind the last token.
 template <typename Real>
@@ -15,6 +21,7 @@ struct SampledGradPanel {
   int64_t tokens, first_column, last_column;
   CsrView csr;
   Real* values;  // [nnz], added to
+  FactorAhead ahead[2];
 };
 
 template <typename Real>

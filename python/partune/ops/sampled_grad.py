@@ -15,14 +15,14 @@ from partune.ops.csr import row_indices
 
 ROUTES = ("sampled", "panels")
 # From which density on the panels are faster; always sampled where nothing is said. On the CPU as
-# measured (Zen 4, AVX-512, one thread, 256 to 1024 tokens, 1024 and 4096 wide), float64 excepted,
+# measured (Zen 4, AVX-512, one thread, 256 to 1024 tokens, 1024 and 2048 wide), float64 excepted,
 # which is an estimate: dense products of float16 take fifteen times as long there. On a GPU
 # arithmetic for an H100, nothing measured: the dense product at 600 (16 bits), 50 and 60 TFLOP/s,
 # packed columns from its L2 cache at 5 TB/s.
 SAMPLED_BELOW = {
     ("cpu", torch.float64): 0.4,
-    ("cpu", torch.float32): 0.45,
-    ("cpu", torch.bfloat16): 0.25,
+    ("cpu", torch.float32): 0.5,
+    ("cpu", torch.bfloat16): 0.35,
     ("cuda", torch.float64): 0.02,
     ("cuda", torch.float32): 0.05,
     ("cuda", torch.bfloat16): 0.008,

@@ -124,5 +124,6 @@ class _SparseLinear(torch.autograd.Function):
                 factors = (rows, _rows(input))
                 left, right = factors[::-1] if ctx.transposed else factors
                 grad_values = sampled_grad(left, right, crow_indices, col_indices)
-                grad_values = grad_values.to(ctx.values_dtype)
+                if grad_values.dtype != ctx.values_dtype:
+                    grad_values = grad_values.to(ctx.values_dtype)
         return grad_input, None, grad_bias, grad_values, None, None, None

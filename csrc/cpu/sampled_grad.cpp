@@ -4,6 +4,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <cmath>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -58,6 +59,17 @@ struct Parts {
   int64_t count() const { return of_rows * (int64_t(columns.size()) - 1); }
 };
 
+// Of some entries, ascending: parts between them have about as many. Golden steps meet no regular pattern.
+std::vector<int32_t> sample_columns(const CsrView& csr) {
+  std::vector<int32_t> sample;
+  for (int64_t i = 0; i < kSampledColumns; ++i) {
+    const double place = std::fmod(double(i) * 0.6180339887498949, 1.0) * double(csr.nnz);
+    sample.push_back(csr.col_indices[std::min(int64_t(place), csr.nnz - 1)]);
+  }
+  std::sort(sample.begin(), sample.end());
+  return sample;
+}
+
 Parts divide(const SampledGradCall& call) {
   const int64_t rows = call.grad.columns, columns = call.input.columns, nnz = call.csr.nnz;
   const int64_t threads =
@@ -70,13 +82,13 @@ Parts divide(const SampledGradCall& call) {
     }
   }
   const int64_t down = threads / across, rounds = (rows + down * kPartRows - 1) / (down * kPartRows);
-  std::vector<int32_t> sample;  // of the entries' columns, so that parts have about as many
-  for (int64_t i = 0; i < kSampledColumns; ++i) {
-    sample.push_back(call.csr.col_indices[i * nnz / kSampledColumns]);
-  }
-  std::sort(sample.begin(), sample.end());
   Parts parts{down * rounds, {0}};
-  for (int64_t i = 1; i < across; ++i) parts.columns.push_back(sample[size_t(i * kSampledColumns / across)]);
+  if (across > 1) {
+    const std::vector<int32_t> sample = sample_columns(call.csr);
+    for (int64_t i = 1; i < across; ++i) {
+      parts.columns.push_back(sample[size_t(i * kSampledColumns / across)]);
+    }
+  }
   parts.columns.push_back(columns);
   return parts;
 }

@@ -144,6 +144,27 @@ def test_what_is_not_finite_stays_where_it_is(
 
 
 @pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+def test_same_bits_however_parts_are_cut(ops: Any) -> None:
+    """More rows than are packed at once, and columns of which few hold all entries."""
+    for rows, columns, live in ((4500, 6, slice(None)), (70, 900, slice(700, 703))):
+        _, grad, input, *_ = case((9, rows, columns), torch.float32)
+        mask = torch.zeros(rows, columns, dtype=torch.bool)
+        mask[:, live] = True
+        csr = csr_from_mask(mask)
+        values, threads = torch.randn(csr[1].numel()), torch.get_num_threads()
+        results = []
+        try:
+            for count in (1, 2, 3, 4):
+                torch.set_num_threads(count)
+                results.append(values.clone())
+                ops.sampled_grad_(results[-1], grad, input, *csr, route="sampled")
+        finally:
+            torch.set_num_threads(threads)
+        assert all(torch.equal(results[0], other) for other in results[1:])
+        assert_close(results[0], expected(values, grad, input, *csr))
+
+
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_same_bits_for_any_number_of_threads(ops: Any, dtype: torch.dtype) -> None:
     """And so wherever the entries are divided: an entry's neighbours don't change its sum."""
@@ -233,7 +254,7 @@ def test_in_a_compiled_backward(route: str) -> None:
     assert_close(required, gradients[0])
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 0.45), (torch.bfloat16, 0.25)])
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 0.5), (torch.bfloat16, 0.35)])
 def test_choose_route(dtype: torch.dtype, limit: float) -> None:
     """Sampled below the density of the table, panels from there on."""
     assert SAMPLED_BELOW["cpu", dtype] == limit

@@ -1,12 +1,14 @@
 // Family sampled_grad on the CPU. Sampled: a block of tokens of both factors is packed, a column's tokens
-// side by side, and each entry is a dot product of two packed columns. Threads share the entries.
+// side by side, and each entry is a dot product of two packed columns.
 #include "../binding/sampled_grad.h"
 
 #include <torch/csrc/stable/library.h>
 
+#include <cmath>
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <vector>
 
 #include "../kernels/sampled_grad_cpu.h"
 #include "isa.h"
@@ -18,94 +20,162 @@
 namespace partune {
 namespace {
 
-constexpr int64_t kPackColumns = 128;     // whose packed tokens are a small part of an L2 cache
 constexpr int64_t kEntriesOfThread = 64;  // not worth dividing further
-// Packed at once where a block of tokens takes less: threads wait for each other twice per packing.
-constexpr int64_t kWorkspaceBytes = int64_t(16) << 20;
+constexpr int64_t kPanelColumns = 640;    // at most: their packed tokens leave room in an L2 cache
+constexpr int64_t kPartRows = 2048;       // about so many rows are packed at once, at most
 constexpr int64_t kPanelBytes = int64_t(2) << 20;
+constexpr int64_t kSampledColumns = 256;  // to divide the columns by
 
 int64_t row_of(const CsrView& csr, int64_t entry) {
   return std::upper_bound(csr.crow_indices, csr.crow_indices + csr.rows + 1, entry) - csr.crow_indices - 1;
 }
 
 // Memory on huge pages where the system has them: packed columns are read in no order, and of small pages
-// each would miss the TLB (measured: a fifth of the time at 4096 by 4096).
-char* huge_pages(int64_t bytes) {
+// each would miss the TLB (measured: a fifth of the time at 4096 by 4096). Each thread keeps its own: the
+// system clears new pages, and what another core has read is slow to write (measured: a third of the speed).
+char* kept_workspace(int64_t bytes) {
   constexpr size_t kPage = size_t(2) << 20;
+  thread_local std::unique_ptr<char, decltype(&std::free)> kept(nullptr, std::free);
+  thread_local size_t kept_size = 0;
+  if (size_t(bytes) <= kept_size) return kept.get();
+  kept.reset();
+  kept_size = 0;
   const size_t size = (size_t(bytes) + kPage - 1) / kPage * kPage;
-  void* memory = std::aligned_alloc(kPage, size);
-  if (memory == nullptr) throw std::bad_alloc();
+  kept.reset(static_cast<char*>(std::aligned_alloc(kPage, size)));
+  if (kept == nullptr) throw std::bad_alloc();
 #if defined(__linux__)
-  madvise(memory, size, MADV_HUGEPAGE);
+  madvise(kept.get(), size, MADV_HUGEPAGE);
 #endif
-  return static_cast<char*>(memory);
+  kept_size = size;
+  return kept.get();
+}
+
+// How the entries are divided: by their number into ranges of rows, and these into ranges of columns. Each
+// part packs the rows and the columns that it needs, by itself: threads share nothing and wait for nobody.
+struct Parts {
+  int64_t of_rows;
+  std::vector<int64_t> columns;  // bounds
+
+  int64_t count() const { return of_rows * (int64_t(columns.size()) - 1); }
+};
+
+// Of some entries, ascending: parts between them have about as many. Golden steps meet no regular pattern.
+std::vector<int32_t> sample_columns(const CsrView& csr) {
+  std::vector<int32_t> sample;
+  for (int64_t i = 0; i < kSampledColumns; ++i) {
+    const double place = std::fmod(double(i) * 0.6180339887498949, 1.0) * double(csr.nnz);
+    sample.push_back(csr.col_indices[std::min(int64_t(place), csr.nnz - 1)]);
+  }
+  std::sort(sample.begin(), sample.end());
+  return sample;
+}
+
+Parts divide(const SampledGradCall& call) {
+  const int64_t rows = call.grad.columns, columns = call.input.columns, nnz = call.csr.nnz;
+  const int64_t threads =
+      std::clamp(nnz / kEntriesOfThread, int64_t(1), int64_t(torch::stable::get_num_threads()));
+  int64_t across = 1;  // parts of the columns: as many as leave each thread the least to pack
+  for (int64_t i = 2; i <= threads; ++i) {
+    if (threads % i == 0 &&
+        rows * i + columns * (threads / i) < rows * across + columns * (threads / across)) {
+      across = i;
+    }
+  }
+  const int64_t down = threads / across, rounds = (rows + down * kPartRows - 1) / (down * kPartRows);
+  Parts parts{down * rounds, {0}};
+  if (across > 1) {
+    const std::vector<int32_t> sample = sample_columns(call.csr);
+    for (int64_t i = 1; i < across; ++i) {
+      parts.columns.push_back(sample[size_t(i * kSampledColumns / across)]);
+    }
+  }
+  parts.columns.push_back(columns);
+  return parts;
 }
 
 template <typename Real>
 class Sampled {
  public:
   Sampled(const SampledGradCall& call, int64_t element_size, const SampledGradBodies<Real>& bodies)
-      : call_(call),
-        element_size_(element_size),
-        bodies_(bodies),
-        block_bytes_((call.grad.columns + call.input.columns) * kPackedBytes),
-        blocks_(std::clamp(kWorkspaceBytes / block_bytes_, int64_t(1),
-                           (call.tokens + bodies.block_tokens - 1) / bodies.block_tokens)),
-        packed_(huge_pages(blocks_ * block_bytes_), std::free) {}
+      : call_(call), element_size_(element_size), bodies_(bodies), parts_(divide(call)) {}
 
   void run() const {
-    for (int64_t first = 0; first < call_.tokens; first += blocks_ * bodies_.block_tokens) {
-      const int64_t left = (call_.tokens - first + bodies_.block_tokens - 1) / bodies_.block_tokens;
-      pack(first, std::min(blocks_, left));
-      multiply(first, std::min(blocks_, left));
-    }
+    torch::stable::parallel_for(0, parts_.count(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part) run_part(part);
+    });
   }
 
  private:
+  void run_part(int64_t part) const {
+    const int64_t across = int64_t(parts_.columns.size()) - 1;
+    const int64_t begin = part / across * call_.csr.nnz / parts_.of_rows;
+    const int64_t end = (part / across + 1) * call_.csr.nnz / parts_.of_rows;
+    const int64_t first_column = parts_.columns[size_t(part % across)];
+    const int64_t last_column = parts_.columns[size_t(part % across + 1)];
+    if (begin == end || first_column == last_column) return;
+    const int64_t first_row = row_of(call_.csr, begin), last_row = row_of(call_.csr, end - 1) + 1;
+    const std::vector<int64_t> starts = starts_of(first_row, last_row, begin, end, first_column);
+    std::vector<int64_t> cursors(starts.size());
+    const int64_t columns = last_column - first_column;
+    const int64_t panels = (columns + kPanelColumns - 1) / kPanelColumns;
+    const int64_t panel_columns = (columns + panels - 1) / panels;
+    char* grad = kept_workspace((last_row - first_row + panel_columns) * kPackedBytes);
+    char* input = grad + (last_row - first_row) * kPackedBytes;
+    for (int64_t token = 0; token < call_.tokens; token += bodies_.block_tokens) {
+      pack(call_.grad, token, first_row, last_row, grad);
+      std::copy(starts.begin(), starts.end(), cursors.begin());
+      for (int64_t column = first_column; column < last_column; column += panel_columns) {
+        const int64_t stop = std::min(column + panel_columns, last_column);
+        pack(call_.input, token, column, stop, input);
+        const bool last = stop == last_column;
+        const int64_t next = last ? token + bodies_.block_tokens : token;
+        const int64_t next_column = last ? first_column : stop;
+        const SampledGradPanel<Real> panel{
+            grad,
+            input,
+            tokens_of(token),
+            column,
+            stop,
+            call_.csr,
+            static_cast<Real*>(call_.values),
+            {ahead(call_.grad, next, first_row, last ? last_row : first_row),
+             ahead(call_.input, next, next_column, std::min(next_column + panel_columns, last_column))}};
+        bodies_.product(panel, first_row, last_row, end, cursors.data());
+      }
+    }
+  }
+
+  // By row, the first of the entries [begin, end) that isn't before a column.
+  std::vector<int64_t> starts_of(int64_t first_row, int64_t last_row, int64_t begin, int64_t end,
+                                 int64_t column) const {
+    std::vector<int64_t> starts;
+    for (int64_t row = first_row; row < last_row; ++row) {
+      const int32_t* col = call_.csr.col_indices;
+      const int64_t first = std::max(begin, call_.csr.crow_indices[row]);
+      const int64_t last = std::min(end, call_.csr.crow_indices[row + 1]);
+      starts.push_back(column == 0 ? first : std::lower_bound(col + first, col + last, column) - col);
+    }
+    return starts;
+  }
+
   int64_t tokens_of(int64_t first) const { return std::min(bodies_.block_tokens, call_.tokens - first); }
 
-  void pack(int64_t first_token, int64_t blocks) const {
-    const int64_t of_grad = (call_.grad.columns + kPackColumns - 1) / kPackColumns;
-    const int64_t units = of_grad + (call_.input.columns + kPackColumns - 1) / kPackColumns;
-    torch::stable::parallel_for(0, blocks * units, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t block = i / units, unit = i % units;
-        const bool is_grad = unit < of_grad;
-        const Factor& factor = is_grad ? call_.grad : call_.input;
-        const int64_t column = (is_grad ? unit : unit - of_grad) * kPackColumns;
-        const int64_t token = first_token + block * bodies_.block_tokens;
-        const char* data = static_cast<const char*>(factor.data) + token * factor.stride * element_size_;
-        char* packed = packed_.get() + block * block_bytes_ + (is_grad ? 0 : grad_bytes());
-        bodies_.pack(data, factor.stride, tokens_of(token), column,
-                     std::min(column + kPackColumns, factor.columns), packed);
-      }
-    });
+  FactorAhead ahead(const Factor& factor, int64_t token, int64_t begin, int64_t end) const {
+    if (token >= call_.tokens || begin == end) return {};
+    const char* data =
+        static_cast<const char*>(factor.data) + (token * factor.stride + begin) * element_size_;
+    return {data, tokens_of(token), (end - begin) * element_size_, factor.stride * element_size_};
   }
 
-  void multiply(int64_t first_token, int64_t blocks) const {
-    torch::stable::parallel_for(0, call_.csr.nnz, kEntriesOfThread, [&](int64_t begin, int64_t end) {
-      const int64_t first_row = row_of(call_.csr, begin), last_row = row_of(call_.csr, end - 1) + 1;
-      const std::unique_ptr<int64_t[]> cursors(new int64_t[size_t(last_row - first_row)]);
-      for (int64_t i = 0; i < blocks; ++i) {
-        const char* grad = packed_.get() + i * block_bytes_;
-        const SampledGradBlock<Real> block{grad,
-                                           grad + grad_bytes(),
-                                           tokens_of(first_token + i * bodies_.block_tokens),
-                                           call_.input.columns,
-                                           call_.csr,
-                                           static_cast<Real*>(call_.values)};
-        bodies_.product(block, first_row, last_row, begin, end, cursors.get());
-      }
-    });
+  void pack(const Factor& factor, int64_t token, int64_t begin, int64_t end, char* packed) const {
+    const char* data = static_cast<const char*>(factor.data) + token * factor.stride * element_size_;
+    bodies_.pack(data, factor.stride, tokens_of(token), begin, end, packed);
   }
-
-  int64_t grad_bytes() const { return call_.grad.columns * kPackedBytes; }
 
   const SampledGradCall& call_;
   int64_t element_size_;
   const SampledGradBodies<Real>& bodies_;
-  int64_t block_bytes_, blocks_;                        // of a block of tokens; blocks packed at once
-  std::unique_ptr<char, decltype(&std::free)> packed_;  // [blocks, rows and columns, kPackedBytes]
+  Parts parts_;
 };
 
 template <typename Real>

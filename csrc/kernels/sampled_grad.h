@@ -2,7 +2,8 @@
 // [tokens, rows] and input [tokens, columns].
 //
 // Operations: 2·tokens·nnz, of the dense product's 2·tokens·rows·columns. Bytes, of elements of b bytes:
-//   sampled, CPU: factors read and packed once, (rows + columns)·tokens·(b + 2·p), with p bytes of a packed
+//   sampled, CPU: by each of row_parts·column_parts threads, its rows of the product and its columns read
+//     and packed, (rows/row_parts + columns/column_parts)·tokens·(b + 2·p), with p bytes of a packed
 //     element, 2 of bfloat16, else those of the sums; per block of kPackedBytes/p tokens,
 //     nnz·kPackedBytes from the L2 cache, 4·nnz of columns and 2·sizeof(Real)·nnz of values.
 //   sampled, CUDA: nnz·tokens·b of input, from the L2 cache where it holds it; grad and columns once.

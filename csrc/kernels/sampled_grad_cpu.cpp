@@ -138,7 +138,7 @@ void pack(const void* from, int64_t stride, int64_t tokens, int64_t begin, int64
   for (int64_t token = 0; token < tokens; token += kTokens<Packed>) {
     const Stored* rows = factor + token * stride;
     for (int64_t column = begin; column < end; column += kColumns) {
-      Packed* packed = reinterpret_cast<Packed*>(to) + column * kBlockTokens<Packed> + token;
+      Packed* packed = reinterpret_cast<Packed*>(to) + (column - begin) * kBlockTokens<Packed> + token;
       if (token + kTokens<Packed> > tokens || column + kColumns > end) {
         pack_edge(rows + column, stride, smaller(tokens - token, kTokens<Packed>),
                   smaller(end - column, kColumns), packed);
@@ -246,32 +246,65 @@ void some_dots(int64_t count, const Packed* grad, const Packed* input, const int
   if constexpr (kCount > 1) some_dots<kCount - 1>(count, grad, input, columns, tokens, values);
 }
 
-// Columns whose packed tokens take half of an L2 cache.
-constexpr int64_t kPanelColumns = 512;
+// Entries of a row in a panel lie far from the next row's, where prefetchers don't look, and their columns
+// say what is read: asked for some rows ahead, as many as 5 % and a line to spare (measured at 4096 by 4096:
+// a third of the time).
+constexpr int64_t kRowsAhead = 2, kEntriesAhead = 48;
+
+// Asks for what is packed next, some lines of each row of the product: those come from memory, while
+// products wait for the L2 cache (measured: where factors aren't in caches, a tenth of the time).
+class Requests {
+ public:
+  Requests(const FactorAhead& ahead, int64_t turns)
+      : ahead_(ahead), lines_((ahead.tokens * ((ahead.bytes + kLine - 1) / kLine) + turns - 1) / turns) {}
+
+  void take_turn() {
+    for (int64_t i = 0; i < lines_ && ahead_.tokens > 0; ++i) {
+      __builtin_prefetch(ahead_.data + offset_, 0, 2);
+      offset_ += kLine;
+      if (offset_ < ahead_.bytes) continue;
+      offset_ = 0;
+      ahead_.data += ahead_.stride;
+      --ahead_.tokens;
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  FactorAhead ahead_;
+  int64_t lines_, offset_ = 0;
+};
 
 template <typename Packed, typename Real>
-void product(const SampledGradBlock<Real>& block, int64_t first_row, int64_t last_row, int64_t begin,
-             int64_t end, int64_t* cursors) {
-  const int64_t* crow = block.csr.crow_indices;
-  const int32_t* col = block.csr.col_indices;
-  const Packed* all_grad = reinterpret_cast<const Packed*>(block.grad);
-  const Packed* input = reinterpret_cast<const Packed*>(block.input);
-  const int64_t tokens = (block.tokens + kTokens<Packed> - 1) / kTokens<Packed> * kTokens<Packed>;
-  for (int64_t row = first_row; row < last_row; ++row) cursors[row - first_row] = larger(begin, crow[row]);
-  for (int64_t panel = 0; panel < block.columns; panel += kPanelColumns) {
-    const int64_t panel_end = panel + kPanelColumns;
-    for (int64_t row = first_row; row < last_row; ++row) {
-      const Packed* grad = all_grad + row * kBlockTokens<Packed>;
-      const int64_t stop = smaller(end, crow[row + 1]);
-      int64_t entry = cursors[row - first_row];
-      for (; entry + kDots <= stop && col[entry + kDots - 1] < panel_end; entry += kDots) {
-        dots<kDots>(grad, input, col + entry, tokens, block.values + entry);
+void product(const SampledGradPanel<Real>& panel, int64_t first_row, int64_t last_row, int64_t end,
+             int64_t* cursors) {
+  const int64_t* crow = panel.csr.crow_indices;
+  const int32_t* col = panel.csr.col_indices;
+  const Packed* grad = reinterpret_cast<const Packed*>(panel.grad);
+  const Packed* input =
+      reinterpret_cast<const Packed*>(panel.input) - panel.first_column * kBlockTokens<Packed>;
+  const int64_t tokens = (panel.tokens + kTokens<Packed> - 1) / kTokens<Packed> * kTokens<Packed>;
+  Requests grads(panel.ahead[0], last_row - first_row), inputs(panel.ahead[1], last_row - first_row);
+  for (int64_t row = first_row; row < last_row; ++row, grad += kBlockTokens<Packed>) {
+    grads.take_turn();
+    inputs.take_turn();
+    if (row + kRowsAhead < last_row) {
+      const int64_t next = cursors[row + kRowsAhead - first_row];
+      PARTUNE_UNROLL
+      for (int64_t i = 0; i < kEntriesAhead; i += 16) {
+        __builtin_prefetch(col + next + i);
+        __builtin_prefetch(panel.values + next + i);
       }
-      int64_t count = 0;
-      while (entry + count < stop && col[entry + count] < panel_end) ++count;
-      some_dots<kDots - 1>(count, grad, input, col + entry, tokens, block.values + entry);
-      cursors[row - first_row] = entry + count;
     }
+    const int64_t stop = smaller(end, crow[row + 1]);
+    int64_t entry = cursors[row - first_row];
+    for (; entry + kDots <= stop && col[entry + kDots - 1] < panel.last_column; entry += kDots) {
+      dots<kDots>(grad, input, col + entry, tokens, panel.values + entry);
+    }
+    int64_t count = 0;
+    while (entry + count < stop && col[entry + count] < panel.last_column) ++count;
+    some_dots<kDots - 1>(count, grad, input, col + entry, tokens, panel.values + entry);
+    cursors[row - first_row] = entry + count;
   }
 }
 

@@ -7,13 +7,21 @@ namespace partune {
 // Tokens are taken a block at a time; of a block, a column of a factor is packed into so many bytes.
 constexpr int64_t kPackedBytes = 1024;
 
-// A block of tokens: factors packed [rows or columns, kPackedBytes], zeros behind the last token.
+// Part of a factor that is packed next: `bytes` of `tokens` rows, which lie `stride` bytes apart.
+struct FactorAhead {
+  const char* data;
+  int64_t tokens, bytes, stride;
+};
+
+// Of a block of tokens, some columns of the product: factors packed [rows or columns, kPackedBytes], zeros
+// behind the last token.
 template <typename Real>
-struct SampledGradBlock {
-  const char *grad, *input;
-  int64_t tokens, columns;
+struct SampledGradPanel {
+  const char *grad, *input;  // from the first row, and from first_column
+  int64_t tokens, first_column, last_column;
   CsrView csr;
   Real* values;  // [nnz], added to
+  FactorAhead ahead[2];
 };
 
 template <typename Real>
@@ -21,10 +29,10 @@ struct SampledGradBodies {
   int64_t block_tokens;
   // Packs columns [begin, end) of `tokens` rows of a factor, which lie `stride` apart.
   void (*pack)(const void* factor, int64_t stride, int64_t tokens, int64_t begin, int64_t end, char* packed);
-  // The entries [begin, end), the first of which lies in row `first_row` and the last in `last_row` - 1.
-  // cursors holds last_row - first_row numbers. An entry's bits don't depend on where ranges begin.
-  void (*product)(const SampledGradBlock<Real>& block, int64_t first_row, int64_t last_row, int64_t begin,
-                  int64_t end, int64_t* cursors);
+  // The entries of rows [first_row, last_row) before `end` in the panel's columns. By row from first_row on,
+  // cursors say where they begin, and afterwards where they end. An entry's bits don't depend on ranges.
+  void (*product)(const SampledGradPanel<Real>& panel, int64_t first_row, int64_t last_row, int64_t end,
+                  int64_t* cursors);
   // The entries [begin, end), from rows first_row and on of the dense product.
   void (*compact)(const void* panel, int64_t columns, int64_t first_row, const CsrView& csr, int64_t begin,
                   int64_t end, Real* values);

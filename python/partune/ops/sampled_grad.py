@@ -15,14 +15,14 @@ from partune.ops.csr import row_indices
 
 ROUTES = ("sampled", "panels")
 # From which density on the panels are faster; always sampled where nothing is said. On the CPU as
-# measured (Zen 4, AVX-512, one thread, 256 to 1024 tokens, 1024 and 4096 wide), float64 excepted,
+# measured (Zen 4, AVX-512, one thread, 256 to 1024 tokens, 1024 and 2048 wide), float64 excepted,
 # which is an estimate: dense products of float16 take fifteen times as long there. On a GPU
 # arithmetic for an H100, nothing measured: the dense product at 600 (16 bits), 50 and 60 TFLOP/s,
 # packed columns from its L2 cache at 5 TB/s.
 SAMPLED_BELOW = {
     ("cpu", torch.float64): 0.4,
-    ("cpu", torch.float32): 0.45,
-    ("cpu", torch.bfloat16): 0.25,
+    ("cpu", torch.float32): 0.5,
+    ("cpu", torch.bfloat16): 0.35,
     ("cuda", torch.float64): 0.02,
     ("cuda", torch.float32): 0.05,
     ("cuda", torch.bfloat16): 0.008,
@@ -70,8 +70,8 @@ def sampled_grad_(
     """
     grad, input = _rows_contiguous(grad), _rows_contiguous(input)
     if route == "auto":
-        check_sampled_grad_(values, grad, input, crow_indices, col_indices, route=ROUTES[0])
-        route = choose_route(grad, input, col_indices)
+        matrices = isinstance(col_indices, Tensor) and _is_matrix(grad) and _is_matrix(input)
+        route = choose_route(grad, input, col_indices) if matrices else ROUTES[0]
     call("sampled_grad_", values, grad, input, crow_indices, col_indices, route=route)
 
 
@@ -119,9 +119,12 @@ def _wide(grad: Tensor) -> torch.dtype:
     return torch.float64 if grad.dtype == torch.float64 else torch.float32
 
 
+def _is_matrix(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 2
+
+
 def _rows_contiguous(matrix: Tensor) -> Tensor:
-    is_matrix = isinstance(matrix, Tensor) and matrix.dim() == 2
-    return matrix.contiguous() if is_matrix and not _has_whole_rows(matrix) else matrix
+    return matrix.contiguous() if _is_matrix(matrix) and not _has_whole_rows(matrix) else matrix
 
 
 def _has_whole_rows(matrix: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -74,6 +75,13 @@ def _autocast_dtype(input: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
+def _without_autocast(value: Tensor) -> AbstractContextManager[Any]:
+    """Only where it is on: entering and leaving takes as long as a small product."""
+    device = value.device.type
+    on = torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else nullcontext()
+
+
 def _rows(value: Tensor) -> Tensor:
     """[tokens, features]."""
     return value.unsqueeze(0) if value.dim() == 1 else value.flatten(0, -2)
@@ -95,7 +103,7 @@ class _SparseLinear(torch.autograd.Function):
         ctx.values_dtype = values.dtype
         read = input if ctx.needs_input_grad[3] else None
         ctx.save_for_backward(read, weight, crow_indices, col_indices)
-        with torch.autocast(input.device.type, enabled=False):
+        with _without_autocast(input):
             return torch.nn.functional.linear(input, weight.t() if transposed else weight, bias)
 
     @staticmethod
@@ -106,7 +114,7 @@ class _SparseLinear(torch.autograd.Function):
             )
         input, weight, crow_indices, col_indices = ctx.saved_tensors
         grad_input = grad_bias = grad_values = None
-        with torch.autocast(grad.device.type, enabled=False):
+        with _without_autocast(grad):
             if ctx.needs_input_grad[0]:
                 grad_input = grad @ (weight.t() if ctx.transposed else weight)
             rows = _rows(grad)
@@ -116,5 +124,6 @@ class _SparseLinear(torch.autograd.Function):
                 factors = (rows, _rows(input))
                 left, right = factors[::-1] if ctx.transposed else factors
                 grad_values = sampled_grad(left, right, crow_indices, col_indices)
-                grad_values = grad_values.to(ctx.values_dtype)
+                if grad_values.dtype != ctx.values_dtype:
+                    grad_values = grad_values.to(ctx.values_dtype)
         return grad_input, None, grad_bias, grad_values, None, None, None

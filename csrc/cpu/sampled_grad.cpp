@@ -26,10 +26,6 @@ constexpr int64_t kPartRows = 2048;       // about so many rows are packed at on
 constexpr int64_t kPanelBytes = int64_t(2) << 20;
 constexpr int64_t kSampledColumns = 256;  // to divide the columns by
 
-int64_t row_of(const CsrView& csr, int64_t entry) {
-  return std::upper_bound(csr.crow_indices, csr.crow_indices + csr.rows + 1, entry) - csr.crow_indices - 1;
-}
-
 // Memory on huge pages where the system has them: packed columns are read in no order, and of small pages
 // each would miss the TLB (measured: a fifth of the time at 4096 by 4096). Each thread keeps its own: the
 // system clears new pages, and what another core has read is slow to write (measured: a third of the speed).
@@ -113,7 +109,9 @@ class Sampled {
     const int64_t first_column = parts_.columns[size_t(part % across)];
     const int64_t last_column = parts_.columns[size_t(part % across + 1)];
     if (begin == end || first_column == last_column) return;
-    const int64_t first_row = row_of(call_.csr, begin), last_row = row_of(call_.csr, end - 1) + 1;
+    const int64_t* crow = call_.csr.crow_indices;
+    const int64_t first_row = row_of(crow, 0, call_.csr.rows - 1, begin);
+    const int64_t last_row = row_of(crow, first_row, call_.csr.rows - 1, end - 1) + 1;
     const std::vector<int64_t> starts = starts_of(first_row, last_row, begin, end, first_column);
     std::vector<int64_t> cursors(starts.size());
     const int64_t columns = last_column - first_column;

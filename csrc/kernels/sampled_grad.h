@@ -10,15 +10,4 @@
 //   panels: factors, as the dense product reads them; rows·columns entries of the workspace written, and
 //     nnz of them read, from caches; 4·nnz of columns and 2·sizeof(Real)·nnz of values.
 #pragma once
-#include "platform.h"
-
-namespace partune {
-
-// A selection as the bodies read it.
-struct CsrView {
-  const int64_t* crow_indices;  // [rows + 1]
-  const int32_t* col_indices;   // [nnz]
-  int64_t rows, nnz;
-};
-
-}  // namespace partune
+#include "csr.h"

@@ -5,6 +5,7 @@
 // line on the CPU) each for the gradient's read, the weight's read and its write, less what
 // neighbours share: at 5 % a line of 16 floats is touched with probability 1 - 0.95^16 = 0.56.
 #pragma once
+#include "csr.h"
 #include "philox.h"
 
 namespace partune {
@@ -127,19 +128,6 @@ PARTUNE_FN void adamw_update(Real grad, Real& weight, Real& exp_avg, Real& exp_a
   exp_avg_sq = multiply_add(c.beta2, exp_avg_sq, multiply(multiply(c.one_minus_beta2, grad), grad));
   const Real denominator = multiply_add(square_root(exp_avg_sq), c.denominator_factor, c.eps);
   weight = multiply_add(-c.step_size, divide(exp_avg, denominator), multiply(weight, c.decay_factor));
-}
-
-// The row of entry `position`: the last r with crow_indices[r] <= position, among [first, last].
-PARTUNE_FN int64_t row_of(const int64_t* crow_indices, int64_t first, int64_t last, int64_t position) {
-  while (first < last) {
-    const int64_t middle = first + (last - first + 1) / 2;
-    if (crow_indices[middle] <= position) {
-      first = middle;
-    } else {
-      last = middle - 1;
-    }
-  }
-  return first;
 }
 
 }  // namespace partune

@@ -1,7 +1,7 @@
 """A training step of Block-LoRA beside peft's LoRA, both over the frozen model.
 
-Weights are random: times don't depend on them. Every model is differentiated for its input
-embeddings, so that all go back through the same products and adapters are what differs.
+Every model is differentiated for its input embeddings, so that all go back through the same
+products and adapters are what differs.
 """
 
 from __future__ import annotations
@@ -13,20 +13,17 @@ from itertools import accumulate
 import peft
 import pytest
 import torch
-from bench_half_training import MODELS
 from torch import Tensor, nn
 from torch.profiler import profile
-from transformers import LlamaConfig, LlamaForCausalLM
+from training_steps import MODELS, make
 
-from conftest import Comparison
-from partune import _native
+from conftest import SHARE_OF_BAR, Comparison
 from partune.nn import BlockLoRAConfig, attach
 
 RANK = 16
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FROZEN, PEFT = "the frozen model", "peft's LoRA"
-# Bars are for the machine's best instruction set.
-HAS_BARS = _native.require().cpu_isa().startswith("avx512")
+HAS_BARS = SHARE_OF_BAR == 1
 
 
 class Training:
@@ -53,9 +50,8 @@ class Training:
 
 @pytest.fixture(params=[1, 2], ids=["lora", "two_blocks"])
 def models(request: pytest.FixtureRequest) -> dict[str, Training]:
-    sizes, shape, _ = MODELS["llama_47m"]
-    torch.manual_seed(0)
-    base = LlamaForCausalLM(LlamaConfig(**sizes)).requires_grad_(False)
+    sizes, shape = MODELS["llama_47m"]
+    base = make("llama_47m").requires_grad_(False)
     ours = BlockLoRAConfig(rank=RANK, blocks=request.param, target_modules=LINEARS)
     pefts = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=LINEARS)
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from conftest import Comparison, copy_bandwidth
-from partune import _native, ops
+from conftest import SHARE_OF_BAR, Comparison, copy_bandwidth
+from partune import ops
 from partune.optim import HalfAdamW
 from partune.selection import Half
 
@@ -16,8 +16,6 @@ STEP = torch.ops.partune.half_adamw_.default
 MASK = torch.ops.partune.random_mask.default
 COUNTS = torch.ops.partune.mask_counts.default
 N = 4096
-# Bars are for the machine's best instruction set; AVX2 owes half of each, baseline nothing.
-SHARE_OF_BAR = {"avx512": 1.0, "avx2": 0.5}.get(_native.require().cpu_isa()[:6], 0.0)
 SMOLLM2 = {
     "self_attn.q_proj": (576, 576), "self_attn.k_proj": (192, 576),
     "self_attn.v_proj": (192, 576), "self_attn.o_proj": (576, 576), "mlp.gate_proj": (1536, 576),

@@ -1,67 +1,35 @@
-"""A training step of HFT beside full fine-tuning with torch's fused AdamW, and where the saving is.
-
-Weights are random: times don't depend on them.
-"""
+"""A training step of HFT beside full fine-tuning with torch's fused AdamW, and where it saves."""
 
 from __future__ import annotations
 
-import statistics
-import time
-
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from training_steps import PARTS, TrainingStep, make
 
-from conftest import Comparison
-from partune import _native
+from conftest import SHARE_OF_BAR, Comparison
 from partune.optim import HalfAdamW
 from partune.selection import Half
 
-SHARE_OF_BAR = {"avx512": 1.0, "avx2": 0.5}.get(_native.require().cpu_isa()[:6], 0.0)
-WIDE = {
-    "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9,
-    "num_key_value_heads": 3, "tie_word_embeddings": True,
-}  # fmt: skip
-# By model: its config, tokens of a step, and the bar on its time.
-MODELS = {
-    "llama_47m": ({**WIDE, "num_hidden_layers": 12, "vocab_size": 8192}, (4, 256), 0.87),
-    "smollm2_135m": ({**WIDE, "num_hidden_layers": 30, "vocab_size": 49152}, (4, 128), 0.93),
-}
-PARTS = ("forward", "backward", "optimizer")
+# A step takes at most these shares of full fine-tuning's.
+BARS = {"llama_47m": 0.87, "smollm2_135m": 0.93}
 ROUNDS = 7
 
 
-class Training:
-    """A model and its optimizer; a call is one step and its parts are timed."""
+class Training(TrainingStep):
+    """Full fine-tuning, or half of it."""
 
     def __init__(self, name: str, half: bool) -> None:
-        sizes, self.shape, _ = MODELS[name]
-        torch.manual_seed(0)
-        self.model = LlamaForCausalLM(LlamaConfig(**sizes))
-        if half:
-            self.optimizer = HalfAdamW(self.model, lr=1e-5, plan=Half(seed=0))
-        else:
-            parameters = self.model.parameters()
-            self.optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
-        self.tokens = torch.randint(0, sizes["vocab_size"], self.shape)
-        self.times: dict[str, list[float]] = {part: [] for part in PARTS}
+        model = make(name)
+        optimizer = (
+            HalfAdamW(model, lr=1e-5, plan=Half(seed=0))
+            if half
+            else torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+        )
+        super().__init__(name, model, optimizer)
         self.bytes_held = 0
 
-    def __call__(self) -> None:
-        start = time.perf_counter()
-        loss = self.model(input_ids=self.tokens, labels=self.tokens).loss
-        self._lap("forward", start)
-        start = time.perf_counter()
-        loss.backward()
-        self._lap("backward", start)
-        start = time.perf_counter()
-        self.optimizer.step()
-        self._lap("optimizer", start)
+    def look(self) -> None:
         self.bytes_held = self._bytes()
-        self.optimizer.zero_grad()
-
-    def _lap(self, part: str, start: float) -> None:
-        self.times[part].append(1e3 * (time.perf_counter() - start))
 
     def _bytes(self) -> int:
         """Of gradients and of the optimizer's state."""
@@ -69,9 +37,6 @@ class Training:
         held += [v for state in self.optimizer.state.values() for v in state.values()
                  if isinstance(v, torch.Tensor)]  # fmt: skip
         return sum(tensor.nbytes for tensor in held)
-
-    def median(self, part: str) -> float:
-        return statistics.median(self.times[part][1:])
 
     def matmul_work(self) -> float:
         """Multiplications for a token, in matrix entries: forward, dX, and dW of what learns."""
@@ -82,7 +47,7 @@ class Training:
         return work
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", BARS)
 def test_training_step(report, note, name: str) -> None:
     half, full = Training(name, True), Training(name, False)
     comparison = Comparison({"ours": half, "full": full}, rounds=ROUNDS)
@@ -92,7 +57,7 @@ def test_training_step(report, note, name: str) -> None:
     ratio = comparison.median["ours"] / comparison.median["full"]
     note(
         f"{name}: {half.optimizer.plan.share:.1%} learns; a step takes {ratio:.3f} of full "
-        f"fine-tuning's (bar {MODELS[name][2]}; matrix products alone allow {bound:.3f}), "
+        f"fine-tuning's (bar {BARS[name]}; matrix products alone allow {bound:.3f}), "
         f"gradients and state {held:.3f} of its memory"
     )
     for part in PARTS:
@@ -101,4 +66,4 @@ def test_training_step(report, note, name: str) -> None:
         note(f"  {part}: {mine:.0f} of {theirs:.0f} ms, saves {saved:.1%} of a full step")
     if name == "smollm2_135m":
         assert held <= 0.62
-    report(comparison, {"full": SHARE_OF_BAR / MODELS[name][2]}, rounds=1)
+    report(comparison, {"full": SHARE_OF_BAR / BARS[name]}, rounds=1)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from conftest import Comparison, copy_bandwidth
-from partune import _native, ops
+from conftest import SHARE_OF_BAR, Comparison, copy_bandwidth
+from partune import ops
 
 SCALE_SHIFT = torch.ops.partune.scale_shift.default
 SCALE_SHIFT_ = torch.ops.partune.scale_shift_.default
@@ -22,8 +22,6 @@ RMS_NORM = torch.ops.partune.rms_norm_scale_shift.default
 RMS_NORM_BACKWARD = torch.ops.partune.rms_norm_scale_shift_backward.default
 SHAPES = [(3152, 768), (3152, 3072), (4096, 4096)]  # ViT-B/16's norms and fc1 at a batch of 16
 DTYPES = [torch.float32, torch.bfloat16]
-# Bars are for the machine's best instruction set; AVX2 owes half of each, baseline nothing.
-SHARE_OF_BAR = {"avx512": 1.0, "avx2": 0.5}.get(_native.require().cpu_isa()[:6], 0.0)
 EAGER, COMPILED = "torch eager", "torch.compile"
 
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import Comparison, copy_bandwidth
-from partune import _native
+from conftest import SHARE_OF_BAR, Comparison, copy_bandwidth
 from partune.optim import SparseAdamW
 from partune.selection import Magnitude
 
@@ -17,8 +16,6 @@ STEP = torch.ops.partune.sparse_adamw_.default
 FOUND_INF = torch.ops.partune.found_inf_.default
 REMAP = torch.ops.partune.remap_.default
 N, DENSITY = 4096, 0.05
-# Bars are for the machine's best instruction set; AVX2 owes half of each, baseline nothing.
-SHARE_OF_BAR = {"avx512": 1.0, "avx2": 0.5}.get(_native.require().cpu_isa()[:6], 0.0)
 SMOLLM2 = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
 
 

@@ -1,7 +1,7 @@
 """A training step of sparse layers beside full fine-tuning, peft's LoRA and peft's SHiRA.
 
-All linear layers of the decoder, 5 %, selected anew every 200 steps. Weights are random: times
-don't depend on them. One test is one model and one peer, below a minute and a half on two cores.
+All linear layers of the decoder, 5 %, selected anew every 200 steps. One test is one model and one
+peer, below a minute and a half on two cores.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import math
 import multiprocessing
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,26 +18,15 @@ import pytest
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
-from transformers import LlamaConfig, LlamaForCausalLM
+from training_steps import MODELS, PARTS, TrainingStep, make
+from transformers import LlamaForCausalLM
 
-from conftest import Comparison
-from partune import _native
+from conftest import SHARE_OF_BAR, Comparison
 from partune.nn import SparseConfig, attach, refresh
 from partune.nn._sparse_layers import SparseLayer
 
-SHARE_OF_BAR = {"avx512": 1.0, "avx2": 0.5}.get(_native.require().cpu_isa()[:6], 0.0)
-WIDE = {
-    "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9,
-    "num_key_value_heads": 3, "tie_word_embeddings": True,
-}  # fmt: skip
-# By model: its config, and the tokens of a step.
-MODELS = {
-    "llama_47m": ({**WIDE, "num_hidden_layers": 12, "vocab_size": 8192}, (4, 256)),
-    "smollm2_135m": ({**WIDE, "num_hidden_layers": 30, "vocab_size": 49152}, (4, 128)),
-}
 # A step of ours takes at most these shares of the others'.
 BARS = {"full": 0.73, "lora": 0.95, "shira": 0.73}
-PARTS = ("forward", "backward", "optimizer")
 DENSITY, INTERVAL = 0.05, 200
 ROUNDS = 5
 
@@ -56,13 +44,11 @@ def shira_config(model: LlamaForCausalLM) -> peft.ShiraConfig:
     return peft.ShiraConfig(r=rank, target_modules=targets, random_seed=0, task_type="CAUSAL_LM")
 
 
-class Training:
-    """A model and its optimizer; a call is one step and its parts are timed."""
+class Training(TrainingStep):
+    """Full fine-tuning, or some way around it."""
 
     def __init__(self, name: str, way: str) -> None:
-        sizes, shape = MODELS[name]
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(**sizes))
+        model = make(name)
         self.own_memory = resident("VmRSS")
         self.own_bytes = sum(p.nbytes for p in model.parameters())
         if way == "frozen":  # forward and the gradient of the inputs: what nobody can do without
@@ -72,31 +58,10 @@ class Training:
         elif way != "full":
             config = lora_config() if way == "lora" else shira_config(model)
             model = peft.get_peft_model(model, config)
-        self.model = model.train()
         parameters = [p for p in model.parameters() if p.requires_grad]
         self.trained = sum(p.numel() for p in parameters)
         parameters = parameters or [nn.Parameter(torch.zeros(1))]
-        self.optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
-        self.tokens = torch.randint(0, sizes["vocab_size"], shape)
-        self.times: dict[str, list[float]] = {part: [] for part in PARTS}
-
-    def __call__(self) -> None:
-        start = time.perf_counter()
-        loss = self.model(input_ids=self.tokens, labels=self.tokens).loss
-        self._lap("forward", start)
-        start = time.perf_counter()
-        loss.backward()
-        self._lap("backward", start)
-        start = time.perf_counter()
-        self.optimizer.step()
-        self._lap("optimizer", start)
-        self.optimizer.zero_grad()
-
-    def _lap(self, part: str, start: float) -> None:
-        self.times[part].append(1e3 * (time.perf_counter() - start))
-
-    def median(self, part: str) -> float:
-        return statistics.median(self.times[part][1:])
+        super().__init__(name, model.train(), torch.optim.AdamW(parameters, lr=1e-5, fused=True))
 
     def refresh(self) -> float:
         """Milliseconds."""
@@ -193,9 +158,8 @@ def test_peak_memory(note, name: str, measure: Callable[[str, str], int]) -> Non
 
 def test_every_layer_is_sparse(note) -> None:
     """Ours, LoRA and SHiRA are in the same layers, and the head is in none."""
-    sizes, _ = MODELS["llama_47m"]
-    model = attach(LlamaForCausalLM(LlamaConfig(**sizes)), SparseConfig(density=DENSITY))
+    model = attach(make("llama_47m"), SparseConfig(density=DENSITY))
     assert sum(isinstance(module, SparseLayer) for module in model.modules()) == 7 * 12
-    lora = peft.get_peft_model(LlamaForCausalLM(LlamaConfig(**sizes)), lora_config())
+    lora = peft.get_peft_model(make("llama_47m"), lora_config())
     adapted = [m for m in lora.modules() if isinstance(m, peft.tuners.lora.Linear)]
     assert len(adapted) == 7 * 12

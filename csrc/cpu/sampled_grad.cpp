@@ -77,7 +77,8 @@ Parts divide(const SampledGradCall& call) {
       across = i;
     }
   }
-  const int64_t down = threads / across, rounds = (rows + down * kPartRows - 1) / (down * kPartRows);
+  const int64_t down = std::max(threads / across, int64_t(1));
+  const int64_t rounds = (rows + down * kPartRows - 1) / (down * kPartRows);
   Parts parts{down * rounds, {0}};
   if (across > 1) {
     const std::vector<int32_t> sample = sample_columns(call.csr);

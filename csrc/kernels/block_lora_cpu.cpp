@@ -45,7 +45,7 @@ class DropoutDraws {
       halves[2 * i] = low[i];
       halves[2 * i + 1] = high[i];
     }
-    for (int i = 0; i < 2; ++i) {
+    for (int64_t i = 0; i < 2; ++i) {
       Draws draws;
       __builtin_memcpy(&draws, halves + i * kWords, sizeof draws);
       const auto chosen = draws >= uint16_t(dropout_.dropped);

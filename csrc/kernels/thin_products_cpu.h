@@ -1,7 +1,7 @@
 // Products with a thin matrix [ranks, columns] on the CPU, lanes along the columns. What a row of ranks is
 // multiplied by stays in registers, as blocks of tokens times ranks or columns.
 #pragma once
-#include "element_vectors.h"
+#include "element_vectors_cpu.h"
 #include "read_ahead.h"
 
 namespace partune {

@@ -159,11 +159,11 @@ class Sampled {
 
   int64_t tokens_of(int64_t first) const { return std::min(bodies_.block_tokens, call_.tokens - first); }
 
-  FactorAhead ahead(const Factor& factor, int64_t token, int64_t begin, int64_t end) const {
+  ReadAhead ahead(const Factor& factor, int64_t token, int64_t begin, int64_t end) const {
     if (token >= call_.tokens || begin == end) return {};
     const char* data =
         static_cast<const char*>(factor.data) + (token * factor.stride + begin) * element_size_;
-    return {data, tokens_of(token), (end - begin) * element_size_, factor.stride * element_size_};
+    return {data, tokens_of(token), factor.stride * element_size_, (end - begin) * element_size_, 1, 0};
   }
 
   void pack(const Factor& factor, int64_t token, int64_t begin, int64_t end, char* packed) const {

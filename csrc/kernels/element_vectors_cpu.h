@@ -1,7 +1,7 @@
 // Stored elements as vectors of the computing type, and back; and what factors such vectors are multiplied
 // by.
 #pragma once
-#include "lanes.h"
+#include "vector.h"
 
 namespace partune {
 

@@ -1,7 +1,7 @@
 // One SIMD register of numbers, with the arithmetic that formulas for one number are written in; and how
 // stored numbers become lanes, and the lanes of two registers stored numbers.
 #pragma once
-#include "vector.h"
+#include "element_vectors_cpu.h"
 
 namespace partune {
 
@@ -126,40 +126,15 @@ PARTUNE_FN TwoLanes<float> load_lanes(const BFloat16* from) {
   return lanes;
 }
 
-PARTUNE_FN TwoLanes<float> load_lanes(const Half* from) {
-  const __m256i* words = reinterpret_cast<const __m256i*>(from);
-  TwoLanes<float> lanes;
-  for (int half = 0; half < 2; ++half) {
-    const __m512 wide = _mm512_maskz_cvtph_ps(__mmask16(0xffff), _mm256_loadu_si256(words + half));
-    lanes.at[half] = Lanes<float>((Vector<float>)wide);
-  }
-  return lanes;
-}
 #else
-typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
-
-PARTUNE_FN Lanes<float> widen_halves(const BFloat16* from) {
-  Halves halves;
-  __builtin_memcpy(&halves, from, sizeof halves);
-  return Lanes<float>(__builtin_convertvector(halves, Lanes<float>::Bits) << 16);
-}
-PARTUNE_FN Lanes<float> widen_halves(const Half* from) {
-#if defined(__AVX2__)
-  return Lanes<float>(
-      (Vector<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
-#else
-  Lanes<float> lanes;
-  for (int i = 0; i < kLanes<float>; ++i) lanes.at[i] = widen(from[i]);
-  return lanes;
-#endif
-}
 PARTUNE_FN TwoLanes<float> load_lanes(const BFloat16* from) {
-  return {{widen_halves(from), widen_halves(from + kLanes<float>)}};
-}
-PARTUNE_FN TwoLanes<float> load_lanes(const Half* from) {
-  return {{widen_halves(from), widen_halves(from + kLanes<float>)}};
+  return {{Lanes<float>(widen_vector(from)), Lanes<float>(widen_vector(from + kLanes<float>))}};
 }
 #endif
+
+PARTUNE_FN TwoLanes<float> load_lanes(const Half* from) {
+  return {{Lanes<float>(widen_vector(from)), Lanes<float>(widen_vector(from + kLanes<float>))}};
+}
 
 // ---- storing as many, rounded to nearest ----
 
@@ -190,44 +165,17 @@ PARTUNE_FN void store_lanes(const TwoLanes<float>& lanes, BFloat16* to) {
   const __mmask32 finite = _mm512_mask_cmpneq_epu16_mask(up, _mm512_or_si512(upper, half), ones);
   _mm512_storeu_si512(to, _mm512_mask_sub_epi16(upper, finite, upper, ones));
 }
-#endif
-
-#if defined(__AVX512F__)
-PARTUNE_FN void store_lanes(const TwoLanes<float>& lanes, Half* to) {
-  for (int half = 0; half < 2; ++half) {
-    const __m256i words = _mm512_maskz_cvtps_ph(__mmask16(0xffff), (__m512)lanes.at[half].at,
-                                                _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to) + half, words);
-  }
-}
 #else
-PARTUNE_FN void store_halves(Lanes<float> lanes, BFloat16* to) {
-  const Lanes<float>::Bits bits = lanes.bits();
-  const Lanes<float>::Bits rounded = bits + 0x7fffu + (bits >> 16 & 1u);
-  const Lanes<float>::Bits nan = (Lanes<float>::Bits)(lanes.at != lanes.at);
-  const Halves halves = __builtin_convertvector(((nan & bits) | (~nan & rounded)) >> 16, Halves);
-  __builtin_memcpy(to, &halves, sizeof halves);
-}
-#if defined(__AVX2__)
-PARTUNE_FN void store_halves(Lanes<float> lanes, Half* to) {
-  constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph((__m256)lanes.at, kNearest));
-}
-#else
-PARTUNE_FN void store_halves(Lanes<float> lanes, Half* to) {
-  for (int i = 0; i < kLanes<float>; ++i) round_nearest(lanes.at[i], to[i]);
-}
-#endif
-
 PARTUNE_FN void store_lanes(const TwoLanes<float>& lanes, BFloat16* to) {
-  store_halves(lanes.at[0], to);
-  store_halves(lanes.at[1], to + kLanes<float>);
-}
-PARTUNE_FN void store_lanes(const TwoLanes<float>& lanes, Half* to) {
-  store_halves(lanes.at[0], to);
-  store_halves(lanes.at[1], to + kLanes<float>);
+  round_vector(lanes.at[0].at, to);
+  round_vector(lanes.at[1].at, to + kLanes<float>);
 }
 #endif
+
+PARTUNE_FN void store_lanes(const TwoLanes<float>& lanes, Half* to) {
+  round_vector(lanes.at[0].at, to);
+  round_vector(lanes.at[1].at, to + kLanes<float>);
+}
 
 // The first `count` of kTwice numbers, and zeros.
 template <typename Real, typename T>

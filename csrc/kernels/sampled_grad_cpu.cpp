@@ -251,30 +251,6 @@ void some_dots(int64_t count, const Packed* grad, const Packed* input, const int
 // a third of the time).
 constexpr int64_t kRowsAhead = 2, kEntriesAhead = 48;
 
-// Asks for what is packed next, some lines of each row of the product: those come from memory, while
-// products wait for the L2 cache (measured: where factors aren't in caches, a tenth of the time).
-class Requests {
- public:
-  Requests(const FactorAhead& ahead, int64_t turns)
-      : ahead_(ahead), lines_((ahead.tokens * ((ahead.bytes + kLine - 1) / kLine) + turns - 1) / turns) {}
-
-  void take_turn() {
-    for (int64_t i = 0; i < lines_ && ahead_.tokens > 0; ++i) {
-      __builtin_prefetch(ahead_.data + offset_, 0, 2);
-      offset_ += kLine;
-      if (offset_ < ahead_.bytes) continue;
-      offset_ = 0;
-      ahead_.data += ahead_.stride;
-      --ahead_.tokens;
-    }
-  }
-
- private:
-  static constexpr int64_t kLine = 64;
-  FactorAhead ahead_;
-  int64_t lines_, offset_ = 0;
-};
-
 template <typename Packed, typename Real>
 void product(const SampledGradPanel<Real>& panel, int64_t first_row, int64_t last_row, int64_t end,
              int64_t* cursors) {
@@ -284,10 +260,14 @@ void product(const SampledGradPanel<Real>& panel, int64_t first_row, int64_t las
   const Packed* input =
       reinterpret_cast<const Packed*>(panel.input) - panel.first_column * kBlockTokens<Packed>;
   const int64_t tokens = (panel.tokens + kTokens<Packed> - 1) / kTokens<Packed> * kTokens<Packed>;
-  Requests grads(panel.ahead[0], last_row - first_row), inputs(panel.ahead[1], last_row - first_row);
+  // What is packed next comes from memory, while products wait for the L2 cache (measured: where factors
+  // aren't in caches, a tenth of the time).
+  ReadAhead grads = panel.ahead[0], inputs = panel.ahead[1];
+  grads.spread(last_row - first_row);
+  inputs.spread(last_row - first_row);
   for (int64_t row = first_row; row < last_row; ++row, grad += kBlockTokens<Packed>) {
-    grads.take_turn();
-    inputs.take_turn();
+    grads.ask();
+    inputs.ask();
     if (row + kRowsAhead < last_row) {
       const int64_t next = cursors[row + kRowsAhead - first_row];
       PARTUNE_UNROLL

@@ -1,17 +1,12 @@
 // The CPU bodies of family sampled_grad, as a table: one is built per ISA.
 #pragma once
+#include "read_ahead.h"
 #include "sampled_grad.h"
 
 namespace partune {
 
 // Tokens are taken a block at a time; of a block, a column of a factor is packed into so many bytes.
 constexpr int64_t kPackedBytes = 1024;
-
-// Part of a factor that is packed next: `bytes` of `tokens` rows, which lie `stride` bytes apart.
-struct FactorAhead {
-  const char* data;
-  int64_t tokens, bytes, stride;
-};
 
 // Of a block of tokens, some columns of the product: factors packed [rows or columns, kPackedBytes], zeros
 // behind the last token.
@@ -20,8 +15,8 @@ struct SampledGradPanel {
   const char *grad, *input;  // from the first row, and from first_column
   int64_t tokens, first_column, last_column;
   CsrView csr;
-  Real* values;  // [nnz], added to
-  FactorAhead ahead[2];
+  Real* values;        // [nnz], added to
+  ReadAhead ahead[2];  // what is packed next, of grad and of input
 };
 
 template <typename Real>

@@ -1,7 +1,7 @@
 // Products with a thin matrix [ranks, columns] on the CPU, lanes along the columns. What a row of ranks is
 // multiplied by stays in registers, as blocks of tokens times ranks or columns.
 #pragma once
-#include "element_vectors_cpu.h"
+#include "lanes.h"
 #include "read_ahead.h"
 
 namespace partune {
@@ -18,20 +18,10 @@ constexpr int kExpandVectors = 3;
 constexpr int kProjectTokens = 3;
 constexpr int kAccumulateVectors = 3;
 
-template <typename Real>
-PARTUNE_FN Real sum_lanes(Vector<Real> v) {
-  Real lanes[kLanes<Real>];
-  store_vector(v, lanes);
-  for (int half = kLanes<Real> / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  }
-  return lanes[0];
-}
-
 // out[i] += the sum of v[i]'s lanes.
 template <int kCount, typename Real>
 PARTUNE_FN void add_lane_sums(const Vector<Real> (&v)[kCount], Real* out) {
-  for (int i = 0; i < kCount; ++i) out[i] += sum_lanes<Real>(v[i]);
+  for (int i = 0; i < kCount; ++i) out[i] += sum_of_lanes(Lanes<Real>(v[i]));
 }
 
 #if defined(__AVX512F__)

@@ -215,49 +215,6 @@ def check_linears(
             check.shape("biases", bias, (weight.shape[0],), index)
 
 
-PLAIN = (Tensor, torch.nn.Parameter)
-
-
-def is_plain_linear(
-    input: Any, weights: Any, biases: Any, downs: Any, ups: Any, scales: Any, share: str
-) -> bool:
-    """Whether it is plain to see that a group of one linear is good as it is, and nothing to cast.
-
-    The tests of `check_adapters` and `check_linears` in a tenth of their time: Python costs more
-    than it seems where a large product has just taken the caches.
-    """
-    for values in (weights, biases, downs, ups, scales):
-        if type(values) is not list or len(values) != 1:
-            return False
-    weight, bias, down, up = weights[0], biases[0], downs[0], ups[0]
-    for value in (input, weight, down, up):
-        if type(value) not in PLAIN:
-            return False
-    dtype, device, shape = input.dtype, input.device, input.shape
-    wide = torch.float64 if dtype is torch.float64 else torch.float32
-    if (
-        dtype not in check.FLOATING or weight.dtype is not dtype or weight.requires_grad
-        or weight.device != device or down.device != device or up.device != device
-        or down.dtype is not wide or up.dtype is not wide
-        or not down.is_contiguous() or not up.is_contiguous()
-        or not shape or down.dim() != 2 or up.dim() < 2 or share not in SHARES
-    ):  # fmt: skip
-        return False
-    (rank, width), arms = down.shape, up.shape[:-2]
-    if share == "input":
-        fits = not arms and width > 0 and shape[-1] % width == 0
-    else:
-        fits = len(arms) == 1 and arms[0] > 0 and shape[-1] == width
-    if not fits or rank == 0 or up.shape[-1] != rank or weight.shape != (up.shape[-2], shape[-1]):
-        return False
-    if bias is not None and (
-        type(bias) not in PLAIN or bias.dtype is not dtype or bias.device != device
-        or bias.shape != weight.shape[:1]
-    ):  # fmt: skip
-        return False
-    return device.type == "meta" or not torch.is_autocast_enabled(device.type)
-
-
 def check_bases(bases: Any, input: Tensor, ups: Sequence[Tensor]) -> None:
     """The results of frozen layers, to which the adapters' parts are added."""
     check.tensors("bases", bases, input.device)

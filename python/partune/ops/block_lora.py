@@ -17,7 +17,6 @@ from partune.ops._block_lora_checks import (
     check_dropout,
     check_linears,
     computing_type,
-    is_plain_linear,
 )
 from partune.ops._contract import Op, call, register
 
@@ -81,20 +80,17 @@ def block_lora_linear(
         >>> block_lora_linear(x, [weight], [None], [down], [up], scales=[0.5])
         [tensor([[2.5000, 2.0000]])]
     """
-    tracing = torch.compiler.is_compiling() or torch.compiler.is_exporting()
-    if tracing or not is_plain_linear(input, weights, biases, downs, ups, scales, share):
-        check_adapters(input, downs, ups, scales, share)
-        check_linears(weights, biases, input, ups)
-        dtype = _autocast_dtype(input)
-        if dtype is not None:
-            input = input.to(dtype)
-            weights = [weight.to(dtype) for weight in weights]
-            biases = [None if bias is None else bias.to(dtype) for bias in biases]
-        for name, values in (("weights", weights), ("biases", biases)):
-            _check_dtypes(name, values, input)
-        downs, ups = _computing(input, downs), _computing(input, ups)
-    if dropout != 0.0 or seed is not None or step is not None or layer_id != 0:
-        seed, step = _draws_from(input, dropout, seed, step, layer_id)
+    check_adapters(input, downs, ups, scales, share)
+    check_linears(weights, biases, input, ups)
+    dtype = _autocast_dtype(input)
+    if dtype is not None:
+        input = input.to(dtype)
+        weights = [weight.to(dtype) for weight in weights]
+        biases = [None if bias is None else bias.to(dtype) for bias in biases]
+    for name, values in (("weights", weights), ("biases", biases)):
+        _check_dtypes(name, values, input)
+    downs, ups = _computing(input, downs), _computing(input, ups)
+    seed, step = _draws_from(input, dropout, seed, step, layer_id)
     outputs = autograd.BlockLoRALinear.apply(  # type: ignore[no-untyped-call]
         input, seed, step, tuple(scales), share, dropout, layer_id,
         *weights, *biases, *downs, *ups,

@@ -1,6 +1,7 @@
 """`partune info`, and the loading of the native core that it reports on."""
 
 import importlib.util
+import importlib
 import json
 import os
 import re
@@ -355,6 +356,22 @@ def test_info_survives_an_instruction_set_that_is_not_there(info_of):
     core = FakeCore(devices=[GPU])
     core.cpu_isa = refuse
     assert "this machine's best is avx2" in info_of(core)["advice"][0]
+
+
+@pytest.mark.parametrize(("faster", "library"), [(True, "oneDNN"), (False, "torch")])
+def test_info_tells_who_multiplies_frozen_weights(info_of, monkeypatch, faster, library):
+    module = importlib.import_module("partune.ops.frozen_linear")
+    monkeypatch.setattr(module, "onednn_is_faster", lambda: faster)
+    info = info_of(FakeCore())
+    assert info["cpu"]["frozen_products"] == library
+    assert f"of frozen float32 layers by {library}" in cli.format_info(info)
+
+
+def test_columns_of_ops_stand_apart():
+    info = cli.collect_info()
+    longest = max((op["name"] for op in info["ops"]), key=len)
+    (line,) = (line for line in cli.format_info(info).splitlines() if longest in line)
+    assert f" {longest}  kernel" in line
 
 
 def test_every_op_has_a_kernel_on_the_cpu():

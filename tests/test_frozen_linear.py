@@ -19,7 +19,7 @@ MODULE = importlib.import_module(product.__module__)
 @pytest.fixture(params=["onednn", "torch"])
 def library(request, monkeypatch) -> str:
     """Both, whichever this machine would take."""
-    monkeypatch.setattr(MODULE, "_onednn_is_faster", lambda: request.param == "onednn")
+    monkeypatch.setattr(MODULE, "onednn_is_faster", lambda: request.param == "onednn")
     return request.param
 
 
@@ -133,7 +133,7 @@ def test_autocast(library):
 
 @pytest.mark.parametrize("case", ["float64", "few rows", "switched off", "another class", "meta"])
 def test_what_torch_multiplies(monkeypatch, calls, case):
-    monkeypatch.setattr(MODULE, "_onednn_is_faster", lambda: True)
+    monkeypatch.setattr(MODULE, "onednn_is_faster", lambda: True)
     x, weight = torch.randn(16, 17), torch.randn(10, 17)
     product(x, weight)
     if case == "float64":
@@ -181,9 +181,9 @@ def test_compiles_as_one_graph(library):
 def test_only_where_it_was_measured(monkeypatch):
     core = _native.require()
     expected = core.cpu_is_amd() and torch.backends.cpu.get_cpu_capability() == "AVX512"
-    MODULE._onednn_is_faster.cache_clear()
-    assert MODULE._onednn_is_faster() == (expected and torch.backends.mkl.is_available())
+    MODULE.onednn_is_faster.cache_clear()
+    assert MODULE.onednn_is_faster() == (expected and torch.backends.mkl.is_available())
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    MODULE._onednn_is_faster.cache_clear()
-    assert not MODULE._onednn_is_faster()
-    MODULE._onednn_is_faster.cache_clear()
+    MODULE.onednn_is_faster.cache_clear()
+    assert not MODULE.onednn_is_faster()
+    MODULE.onednn_is_faster.cache_clear()

@@ -59,12 +59,20 @@ def _cpu_facts() -> dict[str, Any]:
         return {"isa": None, "best": None, "available": [], "error": None}
     best = _core().best_cpu_isa()
     facts: dict[str, Any] = {"isa": None, "best": best, "error": None}
+    facts["frozen_products"] = _frozen_products()
     facts["available"] = ISAS[: ISAS.index(best) + 1]
     try:
         facts["isa"] = _core().cpu_isa()
     except RuntimeError as error:  # PARTUNE_CPU_ISA names what this machine lacks
         facts["error"] = str(error)
     return facts
+
+
+def _frozen_products() -> str:
+    """Who multiplies the float32 weights of frozen layers."""
+    from partune.ops.frozen_linear import onednn_is_faster
+
+    return "oneDNN" if onednn_is_faster() and torch.backends.mkldnn.enabled else "torch"
 
 
 def _gpu_facts() -> dict[str, Any]:
@@ -206,6 +214,7 @@ def format_info(info: dict[str, Any]) -> str:
             ("native core", f"compiler {native['compiler']}, {_with_cuda(native['cuda'])}"),
             ("GPU binaries", archs or "none"),
             ("CPU kernels", f"{cpu['isa'] or cpu['error']} (best here: {cpu['best']})"),
+            ("CPU products", f"of frozen float32 layers by {cpu['frozen_products']}"),
             ("GPU driver", _driver(gpu)),
         ]
     for device in gpu["devices"]:
@@ -216,9 +225,18 @@ def format_info(info: dict[str, Any]) -> str:
         rows[-1] = ("CUDA kernels", "on")
     lines = [f"{name:<14}{value}" for name, value in rows]
 
-    row = "{family:<14}{name:<18}{cpu:<11}{cuda:<11}{why}".format
-    header = row(family="family", name="op", cpu="on CPU", cuda="on CUDA", why="because")
-    lines += ["", header, *(row(**op).rstrip() for op in info["ops"])]
+    header = {
+        "family": "family",
+        "name": "op",
+        "cpu": "on CPU",
+        "cuda": "on CUDA",
+        "why": "because",
+    }
+    table = [header, *info["ops"]]
+    widths = {column: 2 + max(len(op[column]) for op in table) for column in header}
+    lines.append("")
+    for op in table:
+        lines.append("".join(f"{op[column]:<{width}}" for column, width in widths.items()).rstrip())
     lines += ["", "kernel: native code; reference: plain torch, right but slow; none: can't run"]
     if info["advice"]:
         lines += ["", "What is missing:", *(f"- {advice}" for advice in info["advice"])]

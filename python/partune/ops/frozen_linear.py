@@ -91,7 +91,7 @@ def _by_onednn(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         input.dtype == weight.dtype == torch.float32
         and input.device.type == weight.device.type == "cpu"
         and not torch.compiler.is_compiling()
-        and _onednn_is_faster()
+        and onednn_is_faster()
         and torch.backends.mkldnn.enabled
         and type(weight) in (Tensor, nn.Parameter)
         and type(input) in (Tensor, nn.Parameter)
@@ -104,7 +104,7 @@ def _by_onednn(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 @cache
-def _onednn_is_faster() -> bool:
+def onednn_is_faster() -> bool:
     """On this machine, for float32: on AMD's processors with AVX-512. Others weren't measured."""
     return (
         torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]

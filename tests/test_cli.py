@@ -1,7 +1,7 @@
 """`partune info`, and the loading of the native core that it reports on."""
 
-import importlib.util
 import importlib
+import importlib.util
 import json
 import os
 import re

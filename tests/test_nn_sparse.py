@@ -19,8 +19,7 @@ from partune.nn import (
     trainable_parameters,
     write_back_,
 )
-from partune.ops import topk_csr
-from partune.ops.csr import gather, scatter_
+from partune.ops import gather_csr, scatter_csr_, topk_csr
 from partune.ops.sparse_linear import sparse_linear
 from partune.selection import Magnitude, PrincipalWeights
 from sparse_layers import (
@@ -164,13 +163,13 @@ def test_gradcheck(transposed):
     torch.manual_seed(0)
     weight = torch.randn((6, 5) if transposed else (5, 6), dtype=torch.float64)
     crow, col = topk_csr(torch.rand(weight.shape), 9)
-    values = gather(weight, crow, col).requires_grad_()
+    values = gather_csr(weight, crow, col).requires_grad_()
     x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(5, dtype=torch.float64, requires_grad=True)
 
     def run(x, bias, values):
         written = weight.clone()
-        scatter_(written, crow, col, values)
+        scatter_csr_([written], [values.detach()], [crow], [col])
         return sparse_linear(x, written, bias, values, crow, col, transposed=transposed)
 
     assert torch.autograd.gradcheck(run, (x, bias, values))

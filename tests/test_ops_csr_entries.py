@@ -110,6 +110,7 @@ def test_dtypes_in_one_list(ops: Any, device: torch.device) -> None:
     compare(ops, of_all_dtypes(device))
 
 
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
 def test_empty_lists(ops: Any) -> None:
     ops.gather_csr_([], [], [], [])
     ops.scatter_csr_([], [], [], [])

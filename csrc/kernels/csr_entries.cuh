@@ -1,8 +1,8 @@
 // Family csr_entries on CUDA: one launch takes a list of matrices, which travels by value in its
 // parameters.
 //
-// Bytes moved: as csr_entries.h counts them, the matrix in 32-byte sectors. A sector that scatter fills
-// in part is written whole.
+// Bytes moved: as csr_entries.h counts them, the matrix in 32-byte sectors. Scatter doesn't ask for what is
+// beside an entry, but memory with error correction reads it to write a sector.
 #pragma once
 #include "csr_entries.h"
 #include "entry_tiles.cuh"

@@ -257,18 +257,18 @@ class SparseEntries(nn.Module):
 @torch.no_grad()
 def write_all_(pairs: Iterable[tuple[SparseEntries, Tensor]]) -> None:
     """Write the values of several into their weights, all those on a device in one call."""
-    by_device: dict[torch.device, list[tuple[SparseEntries, Tensor]]] = {}
-    for entries, weight in pairs:
-        by_device.setdefault(weight.device, []).append((entries, weight))
+    by_device: dict[torch.device, list[tuple[SparseEntries, Tensor, Tensor]]] = {}
+    for entries, weight in pairs:  # a module looks its parameters up anew each time
+        by_device.setdefault(weight.device, []).append((entries, weight, entries.values))
     for together in by_device.values():
         ops.scatter_csr_(
-            [weight for _, weight in together],
-            [_beside(weight, entries.values) for entries, weight in together],
-            [entries.crow_indices for entries, _ in together],
-            [entries.col_indices for entries, _ in together],
+            [weight for _, weight, _ in together],
+            [_beside(weight, values) for _, weight, values in together],
+            [entries.crow_indices for entries, _, _ in together],
+            [entries.col_indices for entries, _, _ in together],
         )
-        for entries, _ in together:
-            entries.written_version = entries.values._version
+        for entries, _, values in together:
+            entries.written_version = values._version
 
 
 def _scatter_(weight: Tensor, csr: Csr, values: Tensor) -> None:
@@ -277,9 +277,8 @@ def _scatter_(weight: Tensor, csr: Csr, values: Tensor) -> None:
 
 def _beside(weight: Tensor, values: Tensor) -> Tensor:
     """Values of a dtype that can be scattered into the weight, where float32 is rounded."""
-    if values.dtype == torch.float32 and weight.dtype in SIXTEEN_BIT:
-        return values
-    return values.to(weight.dtype)
+    rounded = values.dtype == torch.float32 and weight.dtype in SIXTEEN_BIT
+    return values if rounded or values.dtype == weight.dtype else values.to(weight.dtype)
 
 
 def _union(first: Csr, second: Csr, columns: int) -> Csr:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -53,12 +53,12 @@ def is_watched(layer: WrittenLayer) -> bool:
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if len(_layers) == 0:
         return
-    weights = {  # tied ones once
-        (layer.adapter, id(layer.weight)): layer.weight
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        for layer in _layers.get(parameter, ())
-    }
+    weights: dict[tuple[SparseEntries, int], Tensor] = {}  # tied ones once
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            for layer in _layers.get(parameter, ()):
+                weight = layer.weight
+                weights[layer.adapter, id(weight)] = weight
     write_all_((entries, weight) for (entries, _), weight in weights.items())
 
 

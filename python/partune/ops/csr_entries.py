@@ -134,9 +134,10 @@ def check_scatter_csr_(
 ) -> None:
     check_gather_csr_(values, matrices, crow_indices, col_indices)
     for i, matrix in enumerate(matrices):
-        if any(s == 0 and n > 1 for s, n in zip(matrix.stride(), matrix.shape, strict=True)):
+        strides = matrix.stride()
+        if 0 in strides and any(matrix.shape[d] > 1 and strides[d] == 0 for d in (0, 1)):
             raise ValueError(
-                f"matrices[{i}]: got strides {matrix.stride()} for shape {tuple(matrix.shape)}, "
+                f"matrices[{i}]: got strides {strides} for shape {tuple(matrix.shape)}, "
                 "want entries that don't share memory"
             )
 

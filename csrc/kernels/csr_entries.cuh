@@ -18,7 +18,8 @@ struct CsrEntriesBatch {
 };
 static_assert(sizeof(CsrEntriesBatch) <= kLaunchParameterBytes, "a launch must fit its parameters");
 
-// Where in memory four consecutive entries of a matrix are.
+// Where in memory four consecutive entries of a matrix are; at its first, which can be read too, for those
+// beyond the last.
 struct EntryOffsets {
   int64_t at[4];
 };
@@ -51,11 +52,9 @@ __global__ void __launch_bounds__(kBlock) gather_csr_kernel(LAUNCH_PARAMETER(Csr
   const Stored* matrix = static_cast<const Stored*>(m.matrix);
   Value* values = static_cast<Value*>(m.values);
   const EntryOffsets offsets = entry_offsets(m, tile_rows, tile.position, tile.count);
-  Pack4<Value> gathered = {};
+  Pack4<Value> gathered;
   PARTUNE_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    if (i < tile.count) convert(matrix[offsets.at[i]], gathered.at[i]);
-  }
+  for (int i = 0; i < 4; ++i) convert(matrix[offsets.at[i]], gathered.at[i]);
   store_pack(gathered, values + tile.position, tile.count, is_aligned(values));
 }
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from nn_models import inputs_of, output_of, saved_bytes, transformers_model
+from partune import ops
 from partune.nn import (
     SparseConfig,
     SparseLinear,
@@ -356,6 +357,48 @@ def test_moving_to_another_dtype():
     assert sparse_layers(model)[0].adapter.col_indices.dtype == torch.int32
     model(torch.randn(6, 24, dtype=torch.float64)).sum().backward()
     torch.optim.SGD(values_of(model), lr=0.1).step()
+    assert_written(model)
+
+
+def test_what_the_weight_held_may_have_another_dtype():
+    """As files have it that were saved beside a model of another dtype."""
+    layer = SparseLinear(24, 33, selection=Magnitude(), density=0.2)
+    before = layer.weight.detach().clone()
+    entries = layer.adapter
+    with torch.no_grad():
+        entries.values.zero_()
+    layer.write_back_()
+    for dtype in (torch.bfloat16, torch.float64):
+        entries.original = before[mask_of(entries)].to(dtype)
+        entries.take_out_(layer.weight)
+        wanted = torch.where(mask_of(entries), before.to(dtype).float(), before)
+        assert torch.equal(layer.weight, wanted)
+        entries.put_in_(layer.weight)
+        assert (layer.weight[mask_of(entries)] == 0).all()
+
+
+def test_a_step_writes_all_layers_by_one_call(monkeypatch):
+    model = nn.ModuleList(
+        [sparse(two_layers()), sparse(two_layers(torch.bfloat16)), sparse(Tied())]
+    )
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    calls, scatter = [], ops.scatter_csr_
+
+    def counted(matrices, *rest):
+        calls.append(len(matrices))
+        scatter(matrices, *rest)
+
+    monkeypatch.setattr(ops, "scatter_csr_", counted)
+    for values in trained:
+        values.grad = torch.ones_like(values)
+    torch.optim.SGD(trained, lr=0.1).step()
+    assert calls == [5], "tied weights count once"
+    assert_written(model)
+    with torch.no_grad():
+        for values in trained:
+            values.sub_(1.0)
+    write_back_(model)
+    assert calls == [5, 5]
     assert_written(model)
 
 

@@ -52,6 +52,7 @@ PYBIND11_MODULE(_C, module) {
   module.def(
       "best_cpu_isa", [] { return partune::isa_name(partune::best_isa()); },
       "Best instruction set that this machine has.");
+  module.def("cpu_is_amd", &partune::cpu_is_amd, "Whether AMD made this machine's processor.");
 #ifdef PARTUNE_WITH_CUDA
   module.def(
       "cuda_probe",

@@ -212,7 +212,8 @@ def test_compiles_as_one_graph(share: str) -> None:
         torch._dynamo.reset()
         expected = layers.step(function, x)
         compiled = torch.compile(function, fullgraph=True)
-        torch.testing.assert_close(layers.step(compiled, x), expected)
+        # in eager mode the frozen products may come from another library
+        torch.testing.assert_close(layers.step(compiled, x), expected, rtol=1e-5, atol=1e-5)
 
 
 class Module(torch.nn.Module):

@@ -126,14 +126,21 @@ def test_gradients_are_those_of_a_dense_layer(dtype, shape):
     assert layer.weight.grad is None
 
 
+def assert_same_output(model, dense, inputs):
+    """Bit for bit with torch's own products, and to rounding with the faster ones."""
+    assert_close(output_of(model, inputs), output_of(dense, inputs), 1e-6, "output")
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert torch.equal(output_of(model, inputs), output_of(dense, inputs))
+
+
 def test_gpt2_and_its_conv1d():
     torch.manual_seed(0)
     dense, inputs = transformers_model("gpt2"), inputs_of("gpt2")
     model = copy.deepcopy(dense)
-    wanted = output_of(dense, inputs)
     attach(model, SparseConfig(Scattered(), density=0.2))
     assert len(sparse_layers(model)) == 8
-    assert torch.equal(output_of(model, inputs), wanted)
+    assert_same_output(model, dense, inputs)
+    wanted = output_of(dense, inputs)
     output_of(model, inputs).square().sum().backward()
     wanted.square().sum().backward()
     for name, module in model.named_modules():
@@ -149,7 +156,7 @@ def test_models(kind):
     dense, inputs = transformers_model(kind), inputs_of(kind)
     model = copy.deepcopy(dense)
     attach(model, SparseConfig(PrincipalWeights(2), density=0.3, modules_to_save=()))
-    assert torch.equal(output_of(model, inputs), output_of(dense, inputs))
+    assert_same_output(model, dense, inputs)
     for each in (model, dense):
         output_of(each, inputs).square().sum().backward()
     for name, module in model.named_modules():

@@ -332,7 +332,8 @@ def test_what_save_pretrained_writes_is_trained(tmp_path):
     torch.optim.AdamW(values_of(model), lr=0.05).step()
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path).eval()
-    assert torch.equal(output_of(again, inputs), output_of(model, inputs))
+    with torch.backends.mkldnn.flags(enabled=False):  # torch's products in both
+        assert torch.equal(output_of(again, inputs), output_of(model, inputs))
 
 
 # ---- two ranks ----

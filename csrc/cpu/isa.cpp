@@ -73,4 +73,13 @@ Isa cpu_isa() {
   return chosen;
 }
 
+bool cpu_is_amd() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
 }  // namespace partune

@@ -13,6 +13,8 @@ const char* isa_name(Isa isa);
 Isa isa_from_name(const char* name);
 Isa best_isa();
 
+bool cpu_is_amd();
+
 }  // namespace partune
 
 // The table of the chosen instruction set: PARTUNE_CPU_TABLE(sparse_adamw_cpu).step[...](...).

@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from partune.nn._layers import AdaptedLayer, computes_with
 from partune.nn.scale_shift import ScaleShift
-from partune.ops import layer_norm_scale_shift, rms_norm_scale_shift
+from partune.ops import frozen_linear, layer_norm_scale_shift, rms_norm_scale_shift
 
 
 class ScaleShiftLayer(AdaptedLayer):
@@ -80,7 +80,7 @@ class ScaleShiftLinear(ScaleShiftLayer, nn.Linear):
     fuses_activation = True
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.adapter.after(F.linear(input, self.weight), self.bias, reuse=True)
+        return self.adapter.after(frozen_linear(input, self.weight), self.bias, reuse=True)
 
 
 class ScaleShiftConv1D(ScaleShiftLayer):
@@ -91,7 +91,7 @@ class ScaleShiftConv1D(ScaleShiftLayer):
     weight_dim = 1
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.adapter.after(F.linear(input, self.weight.t()), self.bias, reuse=True)
+        return self.adapter.after(frozen_linear(input, self.weight.t()), self.bias, reuse=True)
 
 
 class ScaleShiftConv(ScaleShiftLayer, _ConvNd):

@@ -6,13 +6,14 @@ of tokens times features lives beside it; of that size the input alone is saved.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from partune.ops._autocast import without_autocast
 from partune.ops._contract import OPS
+from partune.ops.frozen_linear import in_shape_of, product
 
 
 def _rows(value: Tensor) -> Tensor:
@@ -20,19 +21,6 @@ def _rows(value: Tensor) -> Tensor:
     if value.dim() == 2 and value.is_contiguous():
         return value
     return (value.unsqueeze(0) if value.dim() == 1 else value.flatten(0, -2)).contiguous()
-
-
-def _like(rows: Tensor, input: Tensor) -> Tensor:
-    """Rows in an input's leading dimensions; not a view, so that they may be written in place."""
-    if input.dim() == 2:
-        return rows
-    return torch.ops.aten._unsafe_view(rows, [*input.shape[:-1], rows.shape[-1]])  # type: ignore[no-any-return]
-
-
-def _no_autocast(device: str) -> AbstractContextManager[Any]:
-    if device != "meta" and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
 
 
 def _refuse_second_derivative(grads: tuple[Tensor, ...]) -> None:
@@ -87,8 +75,7 @@ class BlockLoRALinear(torch.autograd.Function):
         downs, ups = tensors[2 * count : 3 * count], tensors[3 * count :]
         rows = _rows(input)
         outputs = [
-            torch.nn.functional.linear(rows, weight, bias)
-            for weight, bias in zip(weights, biases, strict=True)
+            product(rows, weight, bias) for weight, bias in zip(weights, biases, strict=True)
         ]
         ctx.options = {"scales": scales, "share": share, "dropout": dropout, "layer_id": layer_id}
         hidden = OPS["block_lora_"].run_on_fresh(
@@ -96,7 +83,7 @@ class BlockLoRALinear(torch.autograd.Function):
         )
         kept = weights if ctx.needs_input_grad[0] else [None] * count
         ctx.save_for_backward(input, hidden, seed, step, *downs, *ups, *kept)
-        return tuple(_like(output, input) for output in outputs)
+        return tuple(in_shape_of(input, output) for output in outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -108,12 +95,11 @@ class BlockLoRALinear(torch.autograd.Function):
         needs_down = any(needed[7 + 2 * count : 7 + 3 * count])
         needs_up = any(needed[7 + 3 * count :])
         rows = [_rows(grad) for grad in grads]
-        with _no_autocast(rows[0].device.type):
+        with without_autocast(rows[0]):
             grad_input = None
             if needed[0]:
-                grad_input = torch.mm(rows[0], weights[0])
-                for grad, weight in zip(rows[1:], weights[1:], strict=True):
-                    grad_input.addmm_(grad, weight)
+                for grad, weight in zip(rows, weights, strict=True):
+                    grad_input = product(grad, weight.t(), onto=grad_input)
             grad_downs, grad_ups = _backward(
                 ctx, rows, grad_input, True, saved[:-count], (needs_down, needs_up)
             )

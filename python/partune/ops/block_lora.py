@@ -9,6 +9,7 @@ from torch import Tensor
 
 from partune.ops import _block_lora_autograd as autograd
 from partune.ops import _block_lora_reference as reference
+from partune.ops._autocast import autocast_dtype
 from partune.ops._block_lora_checks import (
     check_adapters,
     check_bases,
@@ -82,7 +83,7 @@ def block_lora_linear(
     """
     check_adapters(input, downs, ups, scales, share)
     check_linears(weights, biases, input, ups)
-    dtype = _autocast_dtype(input)
+    dtype = autocast_dtype(input)
     if dtype is not None:
         input = input.to(dtype)
         weights = [weight.to(dtype) for weight in weights]
@@ -251,16 +252,6 @@ def block_lora_backward_(
         scales=scales, share=share, dropout=dropout, seed=seed, step=step, layer_id=layer_id,
         accumulate=accumulate,
     )  # fmt: skip
-
-
-def _autocast_dtype(input: Tensor) -> torch.dtype | None:
-    """What autocast casts a linear's input to, if it does."""
-    device = input.device.type
-    if input.dtype == torch.float64 or device == "meta":  # autocast doesn't know of the latter
-        return None
-    if not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
 
 
 def _check_dtypes(name: str, values: Sequence[Tensor | None], input: Tensor) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from partune.ops._autocast import autocast_dtype, without_autocast
+from partune.ops.frozen_linear import product
 from partune.ops.sampled_grad import sampled_grad
 
 
@@ -57,7 +58,7 @@ def sparse_linear(
             "weight: got one that requires grad beside values, which are part of it; want a frozen "
             "one, weight.requires_grad_(False)"
         )
-    dtype = _autocast_dtype(input)
+    dtype = autocast_dtype(input)
     if dtype is not None:
         input, weight = input.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
@@ -65,21 +66,6 @@ def sparse_linear(
         input, weight, bias, values, crow_indices, col_indices, transposed
     )
     return output
-
-
-def _autocast_dtype(input: Tensor) -> torch.dtype | None:
-    """What autocast casts a linear's input to, if it does."""
-    device = input.device.type
-    if input.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
-
-
-def _without_autocast(value: Tensor) -> AbstractContextManager[Any]:
-    """Only where it is on: entering and leaving takes as long as a small product."""
-    device = value.device.type
-    on = torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if on else nullcontext()
 
 
 def _rows(value: Tensor) -> Tensor:
@@ -103,8 +89,8 @@ class _SparseLinear(torch.autograd.Function):
         ctx.values_dtype = values.dtype
         read = input if ctx.needs_input_grad[3] else None
         ctx.save_for_backward(read, weight, crow_indices, col_indices)
-        with _without_autocast(input):
-            return torch.nn.functional.linear(input, weight.t() if transposed else weight, bias)
+        with without_autocast(input):
+            return product(input, weight.t() if transposed else weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -114,9 +100,9 @@ class _SparseLinear(torch.autograd.Function):
             )
         input, weight, crow_indices, col_indices = ctx.saved_tensors
         grad_input = grad_bias = grad_values = None
-        with _without_autocast(grad):
+        with without_autocast(grad):
             if ctx.needs_input_grad[0]:
-                grad_input = grad @ (weight.t() if ctx.transposed else weight)
+                grad_input = product(grad, weight if ctx.transposed else weight.t())
             rows = _rows(grad)
             if ctx.needs_input_grad[2]:
                 grad_bias = rows.sum(0)

@@ -384,18 +384,25 @@ def test_what_the_weight_held_may_have_another_dtype():
         assert (layer.weight[mask_of(entries)] == 0).all()
 
 
-def test_a_step_writes_all_layers_by_one_call(monkeypatch):
+@pytest.fixture
+def calls(monkeypatch):
+    """Of how many matrices each call of scatter_csr_ is."""
+    counts, scatter = [], ops.scatter_csr_
+
+    def counted(matrices, *rest):
+        counts.append(len(matrices))
+        scatter(matrices, *rest)
+
+    monkeypatch.setattr(ops, "scatter_csr_", counted)
+    return counts
+
+
+def test_a_step_writes_all_layers_by_one_call(calls):
     model = nn.ModuleList(
         [sparse(two_layers()), sparse(two_layers(torch.bfloat16)), sparse(Tied())]
     )
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    calls, scatter = [], ops.scatter_csr_
-
-    def counted(matrices, *rest):
-        calls.append(len(matrices))
-        scatter(matrices, *rest)
-
-    monkeypatch.setattr(ops, "scatter_csr_", counted)
+    calls.clear()
     for values in trained:
         values.grad = torch.ones_like(values)
     torch.optim.SGD(trained, lr=0.1).step()
@@ -407,6 +414,24 @@ def test_a_step_writes_all_layers_by_one_call(monkeypatch):
     write_back_(model)
     assert calls == [5, 5]
     assert_written(model)
+
+
+def test_of_two_layers_with_one_weight_the_later_is_written_last(calls):
+    linear = nn.Linear(24, 33)
+    layers = [
+        SparseLinear.from_linear(linear, selection=Magnitude(), density=0.5) for _ in range(2)
+    ]
+    values = [layer.adapter.values for layer in layers]
+    for order in ([0, 1], [1, 0]):
+        optimizer = torch.optim.SGD([values[i] for i in order], lr=1.0)
+        for value, grad in zip(values, (1.0, 2.0), strict=True):
+            value.grad = torch.full_like(value, grad)
+        calls.clear()
+        optimizer.step()
+        assert calls == [1, 1]
+        last = layers[order[-1]]
+        held = selected(linear.weight, last.adapter)
+        assert torch.equal(held, last.adapter.values)
 
 
 def test_values_changed_by_hand():

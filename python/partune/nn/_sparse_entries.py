@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -256,11 +257,17 @@ class SparseEntries(nn.Module):
 
 @torch.no_grad()
 def write_all_(pairs: Iterable[tuple[SparseEntries, Tensor]]) -> None:
-    """Write the values of several into their weights, all those on a device in one call."""
-    by_device: dict[torch.device, list[tuple[SparseEntries, Tensor, Tensor]]] = {}
+    """Write the values of several into their weights, all those on a device in one call.
+
+    Of several that have one weight the later ones are written by later calls, so that they win.
+    """
+    calls: dict[tuple[torch.device, int], list[tuple[SparseEntries, Tensor, Tensor]]] = {}
+    turns: Counter[int] = Counter()
     for entries, weight in pairs:  # a module looks its parameters up anew each time
-        by_device.setdefault(weight.device, []).append((entries, weight, entries.values))
-    for together in by_device.values():
+        call = weight.device, turns[id(weight)]
+        calls.setdefault(call, []).append((entries, weight, entries.values))
+        turns[id(weight)] += 1
+    for together in calls.values():
         ops.scatter_csr_(
             [weight for _, weight, _ in together],
             [_beside(weight, values) for _, weight, values in together],

@@ -91,6 +91,16 @@ def remap(size: int) -> int:
     return 2 * 2 * size * SELECTED + 2 * INDICES
 
 
+def gather_csr(size: int) -> int:
+    """Values, float32, are written."""
+    return scattered(size) + 4 * SELECTED + INDICES
+
+
+def scatter_csr(size: int) -> int:
+    """Sectors are read too, for what is beside an entry; values are float32."""
+    return 2 * scattered(size) + 4 * SELECTED + INDICES
+
+
 def select_constant(name: str) -> int:
     """A constant of family select's kernels."""
     text = "".join(path.read_text() for path in (ROOT / "csrc/kernels").glob("select*.cuh"))
@@ -210,6 +220,8 @@ BYTES: dict[str, tuple[Callable[[int], int], bool]] = {
     "sparse_adamw_": (sparse_adamw, True),
     "found_inf_": (found_inf, True),
     "remap_": (remap, True),
+    "gather_csr_": (gather_csr, True),
+    "scatter_csr_": (scatter_csr, True),
     "topk_csr": (topk, True),
     "threshold_csr": (threshold, True),
     "topk_csr_factors": (topk_factors, False),
@@ -257,11 +269,12 @@ BYTES_HEAD = """
 A matrix of {n} by {n}, {density:.0%} of it selected, uniformly: the worst case, where {float32:.0%}
 of all 32-byte sectors of float32 hold a selected entry and {bfloat16:.0%} of bfloat16's. A
 scattered access counts its whole sector. Moments are float32 in a step and have the named dtype in
-`remap_`; factors have rank {rank}; `half_adamw_` steps half of the elements, by a drawn mask;
-family `scale_shift` takes all of the matrix; family `block_lora` has {n} tokens of {n} features
-and as many outputs, rank {lora_rank} in {lora_blocks} blocks; `sampled_grad_` is its sampled route
-with {tokens} tokens, whose packed factors caches hold while entries read them. Megabytes are 10^6
-bytes; times are microseconds at the memory bandwidth of {bandwidths}, and count nothing else.
+`remap_`; values of family `csr_entries` are float32; factors have rank {rank}; `half_adamw_` steps
+half of the elements, by a drawn mask; family `scale_shift` takes all of the matrix; family
+`block_lora` has {n} tokens of {n} features and as many outputs, rank {lora_rank} in {lora_blocks}
+blocks; `sampled_grad_` is its sampled route with {tokens} tokens, whose packed factors caches hold
+while entries read them. Megabytes are 10^6 bytes; times are microseconds at the memory bandwidth of
+{bandwidths}, and count nothing else.
 
 """
 FACTORS_NOTE = """

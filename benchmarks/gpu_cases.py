@@ -96,6 +96,11 @@ def cases(device: str, size: int) -> dict[str, Callable[[], object]]:
         parameter.grad = grad
         name = str(dtype).removeprefix("torch.")
         found[f"sparse_adamw_ {name}"] = sparse_step
+        csr = [old[0]], [old[1]]
+        found[f"scatter_csr_ {name}"] = functools.partial(
+            ops.scatter_csr_, [weight], [values], *csr
+        )
+        found[f"gather_csr_ {name}"] = functools.partial(ops.gather_csr_, [moved], [weight], *csr)
         found[f"peer: torch's AdamW {name}"] = torch.optim.AdamW([parameter], fused=True).step
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         found |= scale_shift_cases(draw, size, str(dtype).removeprefix("torch."), dtype)

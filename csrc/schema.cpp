@@ -10,6 +10,9 @@ const Schema kSchemas[] = {
     {"sparse_adamw", "sparse_adamw_(Tensor(a!)[] self, Tensor[] grads, Tensor[] crow_indices, Tensor[] col_indices, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] masters, Tensor[] state_steps, int[] parameter_ids, *, Tensor lr, float beta1, float beta2, float weight_decay, float eps, str eps_mode, bool maximize, str rounding, Tensor? seed=None, Tensor? offset=None, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"},
     {"sparse_adamw", "found_inf_(Tensor(a!) found_inf, Tensor[] grads, Tensor[] crow_indices, Tensor[] col_indices) -> ()"},
     {"sparse_adamw", "remap_(Tensor(a!)[] new_values, Tensor[] old_values, Tensor old_crow_indices, Tensor old_col_indices, Tensor new_crow_indices, Tensor new_col_indices) -> Tensor"},
+    // family csr_entries
+    {"csr_entries", "gather_csr_(Tensor(a!)[] values, Tensor[] matrices, Tensor[] crow_indices, Tensor[] col_indices) -> ()"},
+    {"csr_entries", "scatter_csr_(Tensor(a!)[] matrices, Tensor[] values, Tensor[] crow_indices, Tensor[] col_indices) -> ()"},
     // family select
     {"select", "topk_csr(Tensor scores, int k, *, bool largest=True) -> (Tensor, Tensor)"},
     {"select", "threshold_csr(Tensor scores, float threshold, *, bool largest=True) -> (Tensor, Tensor)"},

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from nn_models import inputs_of, output_of, saved_bytes, transformers_model
+from partune import ops
 from partune.nn import (
     SparseConfig,
     SparseLinear,
@@ -19,8 +20,7 @@ from partune.nn import (
     trainable_parameters,
     write_back_,
 )
-from partune.ops import topk_csr
-from partune.ops.csr import gather, scatter_
+from partune.ops import gather_csr, scatter_csr_, topk_csr
 from partune.ops.sparse_linear import sparse_linear
 from partune.selection import Magnitude, PrincipalWeights
 from sparse_layers import (
@@ -171,13 +171,13 @@ def test_gradcheck(transposed):
     torch.manual_seed(0)
     weight = torch.randn((6, 5) if transposed else (5, 6), dtype=torch.float64)
     crow, col = topk_csr(torch.rand(weight.shape), 9)
-    values = gather(weight, crow, col).requires_grad_()
+    values = gather_csr(weight, crow, col).requires_grad_()
     x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(5, dtype=torch.float64, requires_grad=True)
 
     def run(x, bias, values):
         written = weight.clone()
-        scatter_(written, crow, col, values)
+        scatter_csr_([written], [values.detach()], [crow], [col])
         return sparse_linear(x, written, bias, values, crow, col, transposed=transposed)
 
     assert torch.autograd.gradcheck(run, (x, bias, values))
@@ -365,6 +365,73 @@ def test_moving_to_another_dtype():
     model(torch.randn(6, 24, dtype=torch.float64)).sum().backward()
     torch.optim.SGD(values_of(model), lr=0.1).step()
     assert_written(model)
+
+
+def test_what_the_weight_held_may_have_another_dtype():
+    """As files have it that were saved beside a model of another dtype."""
+    layer = SparseLinear(24, 33, selection=Magnitude(), density=0.2)
+    before = layer.weight.detach().clone()
+    entries = layer.adapter
+    with torch.no_grad():
+        entries.values.zero_()
+    layer.write_back_()
+    for dtype in (torch.bfloat16, torch.float64):
+        entries.original = before[mask_of(entries)].to(dtype)
+        entries.take_out_(layer.weight)
+        wanted = torch.where(mask_of(entries), before.to(dtype).float(), before)
+        assert torch.equal(layer.weight, wanted)
+        entries.put_in_(layer.weight)
+        assert (layer.weight[mask_of(entries)] == 0).all()
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Of how many matrices each call of scatter_csr_ is."""
+    counts, scatter = [], ops.scatter_csr_
+
+    def counted(matrices, *rest):
+        counts.append(len(matrices))
+        scatter(matrices, *rest)
+
+    monkeypatch.setattr(ops, "scatter_csr_", counted)
+    return counts
+
+
+def test_a_step_writes_all_layers_by_one_call(calls):
+    model = nn.ModuleList(
+        [sparse(two_layers()), sparse(two_layers(torch.bfloat16)), sparse(Tied())]
+    )
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    calls.clear()
+    for values in trained:
+        values.grad = torch.ones_like(values)
+    torch.optim.SGD(trained, lr=0.1).step()
+    assert calls == [5], "tied weights count once"
+    assert_written(model)
+    with torch.no_grad():
+        for values in trained:
+            values.sub_(1.0)
+    write_back_(model)
+    assert calls == [5, 5]
+    assert_written(model)
+
+
+def test_of_two_layers_with_one_weight_the_later_is_written_last(calls):
+    linear = nn.Linear(24, 33)
+    layers = [
+        SparseLinear.from_linear(linear, selection=Magnitude(), density=0.5) for _ in range(2)
+    ]
+    values = [layer.adapter.values for layer in layers]
+    for order in ([0, 1], [1, 0]):
+        optimizer = torch.optim.SGD([values[i] for i in order], lr=1.0)
+        for value, grad in zip(values, (1.0, 2.0), strict=True):
+            value.grad = torch.full_like(value, grad)
+        calls.clear()
+        optimizer.step()
+        assert calls == [1, 1]
+        last = layers[order[-1]]
+        held = selected(linear.weight, last.adapter)
+        assert torch.equal(held, last.adapter.values)
 
 
 def test_values_changed_by_hand():

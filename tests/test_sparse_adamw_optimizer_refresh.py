@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from partune.ops.csr import gather
+from partune.ops import gather_csr
 from partune.optim import LiftAdamW, SparseAdamW
 from partune.selection import GradientMagnitude, Magnitude, Movement, PrincipalWeights, Random
 
@@ -70,7 +70,7 @@ def test_a_refresh_keeps_moments_where_selections_meet_and_nothing_else():
 
     optimizer.select()
     new, state = optimizer.selected(weight), optimizer.state[weight]
-    carried = gather(dense.detach(), state["crow_indices"], state["col_indices"])
+    carried = gather_csr(dense.detach(), state["crow_indices"], state["col_indices"])
     in_both = old[new]
     assert 0 < in_both.sum() < in_both.numel() and columns == 30
     assert (state["exp_avg"][in_both] == carried[in_both]).all()

@@ -9,11 +9,13 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <vector>
 
 namespace partune {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using TensorList = std::vector<Tensor>;
 
 inline void check_dtype(const char* op, const char* name, const Tensor& tensor,
                         std::initializer_list<ScalarType> wanted) {
@@ -46,6 +48,13 @@ inline bool chooses(const char* op, const char* name, std::string_view got, std:
   STD_TORCH_CHECK(got == yes || got == no, op, ": ", name, " must be '", yes, "' or '", no, "', got '", got,
                   "'");
   return got == yes;
+}
+
+inline void check_lengths(const char* op, size_t wanted, std::initializer_list<size_t> lengths) {
+  for (size_t length : lengths) {
+    STD_TORCH_CHECK(length == wanted, op, ": all lists must have one entry per parameter (", wanted,
+                    "), got one of ", length);
+  }
 }
 
 // A tensor seen as [rows, columns], with strides in elements: 2-D with any strides, or contiguous.

@@ -9,8 +9,6 @@
 
 namespace partune {
 
-using TensorList = std::vector<Tensor>;
-
 inline SparseAdamWTypes types_of(const char* op, const Tensor& weight, const Tensor& grad,
                                  const Tensor& moment) {
   const ScalarType dtype = weight.scalar_type();
@@ -129,13 +127,6 @@ inline SparseAdamWMatrix pack_matrix(const char* op, const Tensor& weight, const
   m.state_step = state_step.const_data_ptr<float>();
   m.parameter_id = uint32_t(parameter_id);
   return m;
-}
-
-inline void check_lengths(const char* op, size_t wanted, std::initializer_list<size_t> lengths) {
-  for (size_t length : lengths) {
-    STD_TORCH_CHECK(length == wanted, op, ": all lists must have one entry per parameter (", wanted,
-                    "), got one of ", length);
-  }
 }
 
 // The gradients of found_inf_, each of any floating dtype.

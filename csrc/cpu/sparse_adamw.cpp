@@ -1,5 +1,4 @@
-// Family sparse_adamw on the CPU. Work is split by entries, not by rows or matrices: principal rows
-// are skewed, and a list mixes large matrices with small ones.
+// Family sparse_adamw on the CPU.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -8,26 +7,12 @@
 
 #include "../binding/sparse_adamw.h"
 #include "../kernels/sparse_adamw_cpu.h"
+#include "for_entries.h"
 #include "isa.h"
 #include "scalars.h"
 
 namespace partune {
 namespace {
-
-constexpr int64_t kGrain = 8192;  // entries: below that a second thread costs more than it saves
-
-// body(matrix number, begin, end) over all entries of a list, on all threads.
-template <typename Body>
-void for_entries(const std::vector<SparseAdamWMatrix>& matrices, const Body& body) {
-  std::vector<int64_t> starts{0};  // [matrices + 1]
-  for (const SparseAdamWMatrix& matrix : matrices) starts.push_back(starts.back() + matrix.nnz);
-  torch::stable::parallel_for(0, starts.back(), kGrain, [&](int64_t begin, int64_t end) {
-    size_t i = size_t(std::upper_bound(starts.begin(), starts.end(), begin) - starts.begin()) - 1;
-    for (; i < matrices.size() && starts[i] < end; ++i) {
-      body(i, std::max(begin - starts[i], int64_t(0)), std::min(end, starts[i + 1]) - starts[i]);
-    }
-  });
-}
 
 void sparse_adamw_(TensorList self, TensorList grads, TensorList crow_indices, TensorList col_indices,
                    TensorList exp_avgs, TensorList exp_avg_sqs, TensorList masters, TensorList state_steps,
@@ -109,7 +94,7 @@ Tensor remap_(TensorList new_values, TensorList old_values, Tensor old_crow_indi
                                               new_crow_indices, new_col_indices);
   const CsrPair& csrs = arguments.csrs;
   std::atomic<int64_t> common{0};
-  const int64_t grain = std::max<int64_t>(1, kGrain * csrs.rows / std::max<int64_t>(1, csrs.new_nnz));
+  const int64_t grain = std::max<int64_t>(1, kEntryGrain * csrs.rows / std::max<int64_t>(1, csrs.new_nnz));
   torch::stable::parallel_for(0, csrs.rows, grain, [&](int64_t first, int64_t last) {
     int64_t here = 0;
     for (int64_t row = first; row < last; ++row) {

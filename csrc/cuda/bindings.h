@@ -19,6 +19,10 @@ void sparse_adamw_cuda_(TensorList self, TensorList grads, TensorList crow_indic
 void found_inf_cuda_(Tensor found_inf, TensorList grads, TensorList crow_indices, TensorList col_indices);
 Tensor remap_cuda_(TensorList new_values, TensorList old_values, Tensor old_crow_indices,
                    Tensor old_col_indices, Tensor new_crow_indices, Tensor new_col_indices);
+void gather_csr_cuda_(TensorList values, TensorList matrices, TensorList crow_indices,
+                      TensorList col_indices);
+void scatter_csr_cuda_(TensorList matrices, TensorList values, TensorList crow_indices,
+                       TensorList col_indices);
 Csr topk_csr_cuda(Tensor scores, int64_t k, bool largest);
 Csr threshold_csr_cuda(Tensor scores, double threshold, bool largest);
 Csr topk_csr_factors_cuda(Tensor left, Tensor right, int64_t k);
@@ -65,6 +69,8 @@ inline void implement_cuda_ops(torch::stable::detail::StableLibrary& library) {
   library.impl("sparse_adamw_", TORCH_BOX(&sparse_adamw_cuda_));
   library.impl("found_inf_", TORCH_BOX(&found_inf_cuda_));
   library.impl("remap_", TORCH_BOX(&remap_cuda_));
+  library.impl("gather_csr_", TORCH_BOX(&gather_csr_cuda_));
+  library.impl("scatter_csr_", TORCH_BOX(&scatter_csr_cuda_));
   library.impl("topk_csr", TORCH_BOX(&topk_csr_cuda));
   library.impl("threshold_csr", TORCH_BOX(&threshold_csr_cuda));
   library.impl("topk_csr_factors", TORCH_BOX(&topk_csr_factors_cuda));

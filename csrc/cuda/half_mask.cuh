@@ -5,7 +5,7 @@
 
 namespace partune {
 
-static_assert(kHalfTile == kSparseAdamWTile, "one count of blocks serves both families");
+static_assert(kHalfTile == kEntriesPerBlock, "one count of blocks serves both families");
 
 inline int64_t stepped_entries(const HalfMatrix& matrix) {
   const SparseAdamWMatrix& entries = matrix.entries;

@@ -1,5 +1,6 @@
 // Every CUDA kernel but float64's, in one translation unit free of torch: nvcc's cost is in headers and
 // architectures, not in kernels.
+#include "csr_entries.cuh"
 #include "launchers.h"
 #include "select.cuh"
 #include "sparse_adamw.cuh"
@@ -29,7 +30,25 @@ cudaError_t launch_found_inf(int bytes, uint64_t exponent, const SparseAdamWMatr
 
 cudaError_t launch_remap(const CsrPair& csrs, const RemapValues* values, int count, int64_t* kept,
                          cudaStream_t stream) {
-  return launch_remap_values<kSparseAdamWBlock>(csrs, values, count, kept, stream);
+  return launch_remap_values<kEntryBlock>(csrs, values, count, kept, stream);
+}
+
+cudaError_t launch_gather_csr(CsrEntryTypes types, const MatrixEntries* matrices, int count,
+                              cudaStream_t stream) {
+  return with_entry_types(types, [&](auto chosen) {
+    using Types = decltype(chosen);
+    return launch_csr_entries(gather_csr_kernel<typename Types::Stored, typename Types::Value, kEntryBlock>,
+                              matrices, count, stream);
+  });
+}
+
+cudaError_t launch_scatter_csr(CsrEntryTypes types, const MatrixEntries* matrices, int count,
+                               cudaStream_t stream) {
+  return with_entry_types(types, [&](auto chosen) {
+    using Types = decltype(chosen);
+    return launch_csr_entries(scatter_csr_kernel<typename Types::Stored, typename Types::Value, kEntryBlock>,
+                              matrices, count, stream);
+  });
 }
 
 int64_t select_workspace_bytes(int64_t rows, int64_t columns) { return select_workspace_size(rows, columns); }

@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include "../kernels/block_lora_tasks.h"
+#include "../kernels/csr_entries.h"
 #include "../kernels/half_mask.h"
 #include "../kernels/sampled_grad.h"
 #include "../kernels/scale_shift_tasks.h"
@@ -28,6 +29,15 @@ cudaError_t launch_found_inf(int bytes, uint64_t exponent, const SparseAdamWMatr
 // Carries the values of the entries that both CSRs have; adds their number to *kept.
 cudaError_t launch_remap(const CsrPair& csrs, const RemapValues* values, int count, int64_t* kept,
                          cudaStream_t stream);
+
+// ---- family csr_entries ----
+
+// Each takes a list of non-empty matrices of one combination of dtypes, in as few launches as
+// parameters allow.
+cudaError_t launch_gather_csr(CsrEntryTypes types, const MatrixEntries* matrices, int count,
+                              cudaStream_t stream);
+cudaError_t launch_scatter_csr(CsrEntryTypes types, const MatrixEntries* matrices, int count,
+                               cudaStream_t stream);
 
 // ---- family select ----
 

@@ -1,28 +1,11 @@
 // Launchers of family sparse_adamw: grid arithmetic, raw pointers and a stream.
 #pragma once
 #include "../kernels/sparse_adamw.cuh"
+#include "fill_batch.cuh"
 
 namespace partune {
 
 inline int64_t stepped_entries(const SparseAdamWMatrix& matrix) { return matrix.nnz; }
-
-// Moves as many matrices as fit one launch into a batch, from matrices[done] on. Returns its blocks, or
-// 0 where a matrix alone has more than a grid can.
-template <typename Matrix, typename Batch>
-unsigned fill_batch(const Matrix* matrices, int count, int& done, Batch& batch) {
-  constexpr int kMatrices = sizeof(batch.matrices) / sizeof(batch.matrices[0]);
-  batch.count = 0;
-  int64_t blocks = 0;
-  for (; done < count && batch.count < kMatrices; ++done) {
-    const int64_t wanted = (stepped_entries(matrices[done]) + kSparseAdamWTile - 1) / kSparseAdamWTile;
-    if (blocks + wanted > INT32_MAX) break;
-    batch.first_block[batch.count] = int(blocks);
-    batch.matrices[batch.count++] = matrices[done];
-    blocks += wanted;
-  }
-  batch.first_block[batch.count] = int(blocks);
-  return unsigned(blocks);
-}
 
 template <typename Weight, typename Grad, typename State, typename Real>
 cudaError_t launch_step(const SparseAdamWDeviceStep<Real>& step, const SparseAdamWMatrix* matrices, int count,
@@ -32,8 +15,8 @@ cudaError_t launch_step(const SparseAdamWDeviceStep<Real>& step, const SparseAda
   for (int done = 0; done < count;) {
     const unsigned blocks = fill_batch(matrices, count, done, launch.batch);
     if (blocks == 0) return cudaErrorInvalidConfiguration;
-    const cudaError_t error = LAUNCH((sparse_adamw_kernel<Weight, Grad, State, Real, kSparseAdamWBlock>),
-                                     dim3(blocks), dim3(kSparseAdamWBlock), 0, stream, launch);
+    const cudaError_t error = LAUNCH((sparse_adamw_kernel<Weight, Grad, State, Real, kEntryBlock>),
+                                     dim3(blocks), dim3(kEntryBlock), 0, stream, launch);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
@@ -85,8 +68,8 @@ cudaError_t launch_found_inf_words(Word exponent, const SparseAdamWMatrix* matri
   for (int done = 0; done < count;) {
     const unsigned blocks = fill_batch(matrices, count, done, batch);
     if (blocks == 0) return cudaErrorInvalidConfiguration;
-    const cudaError_t error = LAUNCH((found_inf_kernel<Word, kSparseAdamWBlock>), dim3(blocks),
-                                     dim3(kSparseAdamWBlock), 0, stream, batch, exponent, found_inf);
+    const cudaError_t error = LAUNCH((found_inf_kernel<Word, kEntryBlock>), dim3(blocks), dim3(kEntryBlock),
+                                     0, stream, batch, exponent, found_inf);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

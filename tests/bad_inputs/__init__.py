@@ -6,10 +6,26 @@ kernels check for memory safety alone: `native` tells whether they too have to r
 
 import torch
 
-from bad_inputs import block_lora, half_mask, sampled_grad, scale_shift, select, sparse_adamw
+from bad_inputs import (
+    block_lora,
+    csr_entries,
+    half_mask,
+    sampled_grad,
+    scale_shift,
+    select,
+    sparse_adamw,
+)
 from bad_inputs.case import Arguments, Bad
 
-_FAMILIES = (sparse_adamw, select, half_mask, sampled_grad, block_lora, scale_shift)
+_FAMILIES = (
+    sparse_adamw,
+    csr_entries,
+    select,
+    half_mask,
+    sampled_grad,
+    block_lora,
+    scale_shift,
+)
 _GOOD = {op: make for family in _FAMILIES for op, make in family.GOOD.items()}
 BAD_INPUTS: dict[str, list[Bad]] = {
     op: table for family in _FAMILIES for op, table in family.BAD.items()

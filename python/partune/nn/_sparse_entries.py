@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from partune import ops
-from partune.ops.csr import Csr, csr_from_flat, flat_indices, gather, scatter_, validate_csr
+from partune.ops import gather_csr
+from partune.ops._checks import SIXTEEN_BIT
+from partune.ops.csr import Csr, csr_from_flat, flat_indices, validate_csr
 from partune.selection import Selection
 from partune.selection.budget import Layout
 from partune.selection.choice import Choice, choose, initial_states
@@ -72,17 +75,15 @@ class SparseEntries(nn.Module):
 
     # ---- between the values and the weight ----
 
-    @torch.no_grad()
     def write_(self, weight: Tensor) -> None:
         """Write the values into the weight, rounded to its dtype."""
-        scatter_(weight, *self.csr, self.values)
-        self.written_version = self.values._version
+        write_all_([(self, weight)])
 
     def is_written(self, weight: Tensor) -> bool:
         """Whether the weight holds the values: by their version, and in doubt by comparison."""
         if self.values._version != self.written_version:
             with torch.no_grad():
-                held = gather(weight, *self.csr)
+                held = gather_csr(weight, *self.csr)
                 if not torch.equal(held, self.values.to(held.dtype)):
                     return False
             self.written_version = self.values._version
@@ -93,9 +94,9 @@ class SparseEntries(nn.Module):
         """Exchange the weight's own entries for the trained ones."""
         self.stays = False
         if not self.in_weight:
-            self.original = gather(weight, *self.touched)
+            self.original = gather_csr(weight, *self.touched)
             if self.trained is not None:
-                scatter_(weight, *self.touched, self.trained)
+                _scatter_(weight, self.touched, self.trained)
             self.trained = None
         self.write_(weight)
 
@@ -106,8 +107,8 @@ class SparseEntries(nn.Module):
             return
         self.write_(weight)
         if self.touched_col_indices is not None:
-            self.trained = gather(weight, *self.touched)
-        scatter_(weight, *self.touched, self.original)
+            self.trained = gather_csr(weight, *self.touched)
+        _scatter_(weight, self.touched, self.original)
         self.original = None
 
     # ---- selecting ----
@@ -127,7 +128,7 @@ class SparseEntries(nn.Module):
         choice = self.choose(weight, self.selection, step=1)
         self.crow_indices, self.col_indices = choice.crow_indices, choice.col_indices
         self.selection_state = choice.selection_state
-        self.values.copy_(gather(weight, *self.csr))
+        self.values.copy_(gather_csr(weight, *self.csr))
 
     @torch.no_grad()
     def reselect_(self, weight: Tensor, choice: Choice, followers: list[Tensor]) -> int:
@@ -142,9 +143,9 @@ class SparseEntries(nn.Module):
         assert self.original is not None
         old, new = self.csr, (choice.crow_indices, choice.col_indices)
         touched = _union(self.touched, new, self.columns)
-        original = gather(weight, *touched)
+        original = gather_csr(weight, *touched)
         ops.remap_([original], [self.original], *self.touched, *touched)
-        values = gather(weight, *new).to(self.values.dtype)
+        values = gather_csr(weight, *new).to(self.values.dtype)
         kept = int(ops.remap_([values], [self.values.detach()], *old, *new))
         for follower in followers:
             fresh = torch.zeros_like(follower)
@@ -252,6 +253,39 @@ class SparseEntries(nn.Module):
     def extra_repr(self) -> str:
         rows = self.crow_indices.numel() - 1
         return f"{self.values.numel()} of {rows}x{self.columns}, density={self.share:.3g}"
+
+
+@torch.no_grad()
+def write_all_(pairs: Iterable[tuple[SparseEntries, Tensor]]) -> None:
+    """Write the values of several into their weights, all those on a device in one call.
+
+    Of several that have one weight the later ones are written by later calls, so that they win.
+    """
+    calls: dict[tuple[torch.device, int], list[tuple[SparseEntries, Tensor, Tensor]]] = {}
+    turns: Counter[int] = Counter()
+    for entries, weight in pairs:  # a module looks its parameters up anew each time
+        call = weight.device, turns[id(weight)]
+        calls.setdefault(call, []).append((entries, weight, entries.values))
+        turns[id(weight)] += 1
+    for together in calls.values():
+        ops.scatter_csr_(
+            [weight for _, weight, _ in together],
+            [_beside(weight, values) for _, weight, values in together],
+            [entries.crow_indices for entries, _, _ in together],
+            [entries.col_indices for entries, _, _ in together],
+        )
+        for entries, _, values in together:
+            entries.written_version = values._version
+
+
+def _scatter_(weight: Tensor, csr: Csr, values: Tensor) -> None:
+    ops.scatter_csr_([weight], [_beside(weight, values)], [csr[0]], [csr[1]])
+
+
+def _beside(weight: Tensor, values: Tensor) -> Tensor:
+    """Values of a dtype that can be scattered into the weight, where float32 is rounded."""
+    rounded = values.dtype == torch.float32 and weight.dtype in SIXTEEN_BIT
+    return values if rounded or values.dtype == weight.dtype else values.to(weight.dtype)
 
 
 def _union(first: Csr, second: Csr, columns: int) -> Csr:

@@ -12,8 +12,8 @@ from partune.nn._layers import Adapters
 from partune.nn._sparse_entries import SparseEntries
 from partune.nn._sparse_writing import WrittenLayer, is_watched, unwatch, watch
 from partune.nn._targets import is_conv1d
+from partune.ops import gather_csr
 from partune.ops._checks import FLOATING
-from partune.ops.csr import gather
 from partune.ops.sparse_linear import sparse_linear
 from partune.selection import GradientMagnitude, Selection
 from partune.selection.budget import DEFAULT_DENSITY, Layout, check_budget, settle_budget
@@ -81,7 +81,7 @@ class SparseLayer(WrittenLayer):
         tensors: dict[str, Tensor] = adapter.state_dict()
         if tensors.pop("original", None) is not None and adapter.touched_col_indices is not None:
             assert isinstance(module.weight, Tensor)
-            tensors["trained"] = gather(module.weight.detach(), *adapter.touched)
+            tensors["trained"] = gather_csr(module.weight.detach(), *adapter.touched)
         return tensors
 
     @classmethod

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from partune.nn._layers import AdaptedLayer
-
-if TYPE_CHECKING:
-    from partune.nn._sparse_entries import SparseEntries
+from partune.nn._sparse_entries import SparseEntries, write_all_
 
 
 class WrittenLayer(AdaptedLayer):
@@ -55,10 +53,13 @@ def is_watched(layer: WrittenLayer) -> bool:
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if len(_layers) == 0:
         return
+    weights: dict[tuple[SparseEntries, int], Tensor] = {}  # tied ones once
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             for layer in _layers.get(parameter, ()):
-                layer.write_back_()
+                weight = layer.weight
+                weights[layer.adapter, id(weight)] = weight
+    write_all_((entries, weight) for (entries, _), weight in weights.items())
 
 
 def write_back_(model: nn.Module) -> None:
@@ -80,8 +81,7 @@ def write_back_(model: nn.Module) -> None:
         >>> int((model[0].weight == 0).sum())
         8
     """
-    for layer in written_layers(model).values():
-        layer.write_back_()
+    write_all_((entries, layer.weight) for entries, layer in written_layers(model).items())
 
 
 def written_layers(model: nn.Module) -> dict[SparseEntries, WrittenLayer]:

@@ -7,6 +7,7 @@ from partune.ops.block_lora import (
     block_lora_backward_,
     block_lora_linear,
 )
+from partune.ops.csr_entries import gather_csr, gather_csr_, scatter_csr_
 from partune.ops.frozen_linear import frozen_linear
 from partune.ops.half_mask import half_adamw_, mask_counts, mask_ranks, random_mask
 from partune.ops.sampled_grad import sampled_grad, sampled_grad_
@@ -28,6 +29,8 @@ __all__ = [
     "block_lora_linear",
     "found_inf_",
     "frozen_linear",
+    "gather_csr",
+    "gather_csr_",
     "half_adamw_",
     "kept_inputs",
     "layer_norm_scale_shift",
@@ -44,6 +47,7 @@ __all__ = [
     "scale_shift",
     "scale_shift_",
     "scale_shift_backward",
+    "scatter_csr_",
     "sparse_adamw_",
     "sparse_linear",
     "threshold_csr",

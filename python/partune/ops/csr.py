@@ -89,23 +89,6 @@ def mask_from_csr(crow_indices: Tensor, col_indices: Tensor, columns: int) -> Te
     return mask.view(rows, columns)
 
 
-def gather(matrix: Tensor, crow_indices: Tensor, col_indices: Tensor) -> Tensor:
-    """The selected entries [nnz] of a matrix [rows, columns]."""
-    rows = row_indices(crow_indices, col_indices.numel())
-    return matrix[rows, col_indices.to(torch.int64)]
-
-
-def scatter_(matrix: Tensor, crow_indices: Tensor, col_indices: Tensor, values: Tensor) -> None:
-    """Write values [nnz] into the selected entries of a matrix, rounded to its dtype."""
-    flat = flat_indices(crow_indices, col_indices, matrix.shape[1])
-    values = values.detach().to(matrix.dtype)
-    if matrix.is_contiguous():
-        matrix.view(-1).scatter_(0, flat, values)
-    else:
-        rows = row_indices(crow_indices, col_indices.numel())
-        matrix[rows, col_indices.to(torch.int64)] = values
-
-
 def stack_csr(slices: Sequence[Csr]) -> Csr:
     """One CSR of slices [rows, columns] stacked to [slices·rows, columns]."""
     if len(slices) == 1:

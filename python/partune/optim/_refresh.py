@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from partune import ops
-from partune.ops.csr import gather
 from partune.optim._options import keeps_master, moment_dtype
 from partune.selection import Selection
 from partune.selection.budget import Layout
@@ -49,7 +48,7 @@ def install(
     }
     if keeps_master(parameter, group):
         matrix = layout.matrix(parameter.detach())
-        fresh["master"] = gather(matrix, crow_indices, col_indices).to(torch.float32)
+        fresh["master"] = ops.gather_csr(matrix, crow_indices, col_indices, dtype=torch.float32)
     if "crow_indices" in state:
         carried = [name for name in fresh if name in state]
         state["kept_entries"] = ops.remap_(

@@ -163,9 +163,10 @@ PARTUNE_FN void store_rounded_words(const TwoLanes<float>& lanes, BFloat16* to) 
 PARTUNE_FN void store_lanes(const TwoLanes<float>& lanes, BFloat16* to) {
 #if defined(__AVX512BF16__)
   const __m512 first = (__m512)lanes.at[0].at, second = (__m512)lanes.at[1].at;
-  if (!has_subnormal(first) && !has_subnormal(second)) {
-    const __m512bh rounded = _mm512_cvtne2ps_pbh(second, first);
-    __builtin_memcpy(to, &rounded, sizeof rounded);
+  const __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh(second, first);
+  const bool zeros = _mm512_testn_epi16_mask(rounded, _mm512_set1_epi16(0x7fff)) != 0;
+  if (__builtin_expect(!zeros || !has_subnormal(first, second), true)) {
+    _mm512_storeu_si512(to, rounded);
     return;
   }
 #endif

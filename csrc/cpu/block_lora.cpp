@@ -147,7 +147,7 @@ class PackedTask {
 // body(bodies) with the table of a tensor's dtype.
 template <typename Body>
 void with_lora_bodies(const Tensor& tensor, const Body& body) {
-  const BlockLoraCpu& table = PARTUNE_CPU_TABLE_BF16(block_lora_cpu);
+  const BlockLoraCpu& table = PARTUNE_CPU_TABLE(block_lora_cpu);
   switch (tensor.scalar_type()) {
     case ScalarType::Double:
       return body(table.float64);

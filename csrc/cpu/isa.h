@@ -19,15 +19,11 @@ bool cpu_is_amd();
 
 // The table of the chosen instruction set: PARTUNE_CPU_TABLE(sparse_adamw_cpu).step[...](...).
 #if defined(__x86_64__)
-#define PARTUNE_CPU_TABLE(table)                                              \
-  (::partune::cpu_isa() >= ::partune::Isa::kAvx512 ? ::partune::avx512::table \
-   : ::partune::cpu_isa() == ::partune::Isa::kAvx2 ? ::partune::avx2::table   \
-                                                   : ::partune::baseline::table)
-// Of families that are built for AVX512_BF16 too.
-#define PARTUNE_CPU_TABLE_BF16(table)                                                  \
+#define PARTUNE_CPU_TABLE(table)                                                       \
   (::partune::cpu_isa() == ::partune::Isa::kAvx512Bf16 ? ::partune::avx512_bf16::table \
-                                                       : PARTUNE_CPU_TABLE(table))
+   : ::partune::cpu_isa() == ::partune::Isa::kAvx512   ? ::partune::avx512::table      \
+   : ::partune::cpu_isa() == ::partune::Isa::kAvx2     ? ::partune::avx2::table        \
+                                                       : ::partune::baseline::table)
 #else
-#define PARTUNE_CPU_TABLE_BF16(table) PARTUNE_CPU_TABLE(table)
 #define PARTUNE_CPU_TABLE(table) (::partune::baseline::table)
 #endif

@@ -10,6 +10,11 @@ namespace partune {
 namespace PARTUNE_ISA {
 namespace {
 
+template <typename Real>
+void set_zero(Real* numbers, int64_t count) {
+  __builtin_memset(numbers, 0, uint64_t(count) * sizeof(Real));
+}
+
 // Which elements of the input are kept.
 class DropoutDraws {
  public:
@@ -108,7 +113,7 @@ class Tile {
   // Tokens [first, first + tokens), forward.
   void forward(int64_t first, int64_t tokens) {
     Real* hidden = task_.hidden + first * shape_.ranks;
-    for (int64_t i = 0; i < tokens * shape_.ranks; ++i) hidden[i] = Real(0);
+    set_zero(hidden, tokens * shape_.ranks);
     for (int64_t column = 0; column < shape_.width; column += kLoraColumns) {
       const int64_t columns = smaller(shape_.width - column, kLoraColumns), next = column + kLoraColumns;
       ReadAhead ahead = next < shape_.width ? input_ahead(first, next) : member_ahead(0, first, 0);
@@ -134,7 +139,7 @@ class Tile {
 
   // The same backward; `partial` is its block's, grad_hidden its tokens' part of that.
   void backward(int64_t first, int64_t tokens, Real* grad_hidden, Real* partial) {
-    for (int64_t i = 0; i < tokens * shape_.ranks; ++i) grad_hidden[i] = Real(0);
+    set_zero(grad_hidden, tokens * shape_.ranks);
     for (int64_t i = 0; i < task_.member_count; ++i) read_gradient(i, first, tokens, grad_hidden, partial);
     if (!task_.down_grad && !task_.grad_input) return;
     const Factors factors = factors_of(grad_hidden, tokens, shape_.ranks, task_.down_pairs);
@@ -348,7 +353,7 @@ void backward(const BlockLoraTask<Real>& task, int64_t first, int64_t last) {
   Tile<Stored, Real> tile(task);
   for (int64_t block = first; block < last; ++block) {
     Real* partial = task.partial + block * task.partial_size;
-    for (int64_t i = 0; i < task.grad_hidden; ++i) partial[i] = Real(0);
+    set_zero(partial, task.grad_hidden);
     const int64_t start = block * task.block_tokens;
     const int64_t end = smaller(start + task.block_tokens, task.shape.tokens);
     for (int64_t begin = start; begin < end; begin += kLoraTile) {

@@ -39,7 +39,22 @@ PARTUNE_FN Vector<float> widen_vector(const Half* from) {
 PARTUNE_FN void round_vector(Vector<float> v, float* to) { store_vector(v, to); }
 PARTUNE_FN void round_vector(Vector<double> v, double* to) { store_vector(v, to); }
 
+#if defined(__AVX512BF16__)
+// What the machine's own rounding to bfloat16 makes zeros of.
+PARTUNE_FN bool has_subnormal(__m512 a, __m512 b) {
+  constexpr int kSubnormal = 0x20;
+  return (_mm512_fpclass_ps_mask(a, kSubnormal) | _mm512_fpclass_ps_mask(b, kSubnormal)) != 0;
+}
+#endif
+
 PARTUNE_FN void round_vector(Vector<float> v, BFloat16* to) {
+#if defined(__AVX512BF16__)
+  if (__builtin_expect(!has_subnormal((__m512)v, (__m512)v), true)) {
+    const __m256bh quick = _mm512_cvtneps_pbh((__m512)v);
+    __builtin_memcpy(to, &quick, sizeof quick);
+    return;
+  }
+#endif
   const FloatBits bits = (FloatBits)v;
   FloatBits rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
 #if defined(__AVX512F__)

@@ -26,5 +26,8 @@ extern const HalfMaskCpu half_mask_cpu;
 namespace avx512 {
 extern const HalfMaskCpu half_mask_cpu;
 }
+namespace avx512_bf16 {  // nothing in it for these bodies
+using avx512::half_mask_cpu;
+}
 
 }  // namespace partune

@@ -144,16 +144,10 @@ PARTUNE_FN void store_lanes(const TwoLanes<Real>& lanes, Real* to) {
   store_vector(lanes.at[1].at, to + kLanes<Real>);
 }
 
-#if defined(__AVX512BF16__)
-// Denormal numbers become zeros.
-PARTUNE_FN void store_lanes(const TwoLanes<float>& lanes, BFloat16* to) {
-  const __m512bh rounded = _mm512_cvtne2ps_pbh((__m512)lanes.at[1].at, (__m512)lanes.at[0].at);
-  __builtin_memcpy(to, &rounded, sizeof rounded);
-}
-#elif defined(__AVX512F__)
+#if defined(__AVX512F__)
 // The upper words, and one more where the lower word, or an odd upper one beside a lower of 0x8000, asks
 // for it. Only a NaN's upper word is 0x7fff or 0xffff, and stays as it is.
-PARTUNE_FN void store_lanes(const TwoLanes<float>& lanes, BFloat16* to) {
+PARTUNE_FN void store_rounded_words(const TwoLanes<float>& lanes, BFloat16* to) {
   const auto words = [&](uint32_t first) __attribute__((always_inline)) {
     const __m512i order = (__m512i)(kCount * 0x00040004u + 0x00020000u + first * 0x00010001u);
     return _mm512_permutex2var_epi16((__m512i)lanes.at[0].at, order, (__m512i)lanes.at[1].at);
@@ -164,6 +158,19 @@ PARTUNE_FN void store_lanes(const TwoLanes<float>& lanes, BFloat16* to) {
   const __mmask32 up = _mm512_cmpgt_epu16_mask(_mm512_adds_epu16(lower, odd), half);
   const __mmask32 finite = _mm512_mask_cmpneq_epu16_mask(up, _mm512_or_si512(upper, half), ones);
   _mm512_storeu_si512(to, _mm512_mask_sub_epi16(upper, finite, upper, ones));
+}
+
+PARTUNE_FN void store_lanes(const TwoLanes<float>& lanes, BFloat16* to) {
+#if defined(__AVX512BF16__)
+  const __m512 first = (__m512)lanes.at[0].at, second = (__m512)lanes.at[1].at;
+  const __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh(second, first);
+  const bool zeros = _mm512_testn_epi16_mask(rounded, _mm512_set1_epi16(0x7fff)) != 0;
+  if (__builtin_expect(!zeros || !has_subnormal(first, second), true)) {
+    _mm512_storeu_si512(to, rounded);
+    return;
+  }
+#endif
+  store_rounded_words(lanes, to);
 }
 #else
 PARTUNE_FN void store_lanes(const TwoLanes<float>& lanes, BFloat16* to) {

@@ -47,5 +47,8 @@ extern const SampledGradCpu sampled_grad_cpu;
 namespace avx512 {
 extern const SampledGradCpu sampled_grad_cpu;
 }
+namespace avx512_bf16 {  // nothing in it for these bodies
+using avx512::sampled_grad_cpu;
+}
 
 }  // namespace partune

@@ -106,6 +106,10 @@ namespace avx512 {
 extern const ScaleShiftCpu scale_shift_cpu;
 extern const ScaleShiftNormCpu scale_shift_norm_cpu;
 }  // namespace avx512
+namespace avx512_bf16 {
+extern const ScaleShiftCpu scale_shift_cpu;
+extern const ScaleShiftNormCpu scale_shift_norm_cpu;
+}  // namespace avx512_bf16
 
 // How work is divided: rows of units, and units in each. Of a backward, a row of units leaves a row of
 // partial sums.

@@ -48,5 +48,8 @@ extern const SelectCpu select_cpu;
 namespace avx512 {
 extern const SelectCpu select_cpu;
 }
+namespace avx512_bf16 {  // nothing in it for these bodies
+using avx512::select_cpu;
+}
 
 }  // namespace partune

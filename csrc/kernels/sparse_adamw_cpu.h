@@ -32,5 +32,8 @@ extern const SparseAdamWCpu sparse_adamw_cpu;
 namespace avx512 {
 extern const SparseAdamWCpu sparse_adamw_cpu;
 }
+namespace avx512_bf16 {  // nothing in it for these bodies
+using avx512::sparse_adamw_cpu;
+}
 
 }  // namespace partune

@@ -287,7 +287,12 @@ def _can_overwrite(bases: Sequence[Tensor]) -> bool:
 def _computing(input: Tensor, adapters: Sequence[Tensor]) -> list[Tensor]:
     """Adapters as the native ops take them."""
     dtype = computing_type(input)
-    return [adapter.to(dtype).contiguous() for adapter in adapters]
+    return [
+        adapter
+        if adapter.dtype is dtype and adapter.is_contiguous()
+        else adapter.to(dtype).contiguous()
+        for adapter in adapters
+    ]
 
 
 def _draws_from(

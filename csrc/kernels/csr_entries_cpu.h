@@ -19,5 +19,8 @@ extern const CsrEntriesCpu csr_entries_cpu;
 namespace avx512 {
 extern const CsrEntriesCpu csr_entries_cpu;
 }
+namespace avx512_bf16 {  // nothing in it for these bodies
+using avx512::csr_entries_cpu;
+}
 
 }  // namespace partune

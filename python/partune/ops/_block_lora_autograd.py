@@ -108,7 +108,7 @@ class BlockLoRALinear(torch.autograd.Function):
                 for grad, needs_bias in zip(rows, needed[7 + count : 7 + 2 * count], strict=True)
             ]
         return (
-            None if grad_input is None else _like(grad_input, saved[0]),
+            None if grad_input is None else in_shape_of(saved[0], grad_input),
             None, None, None, None, None, None,
             *[None] * count, *grad_biases, *grad_downs, *grad_ups,
         )  # fmt: skip

@@ -116,6 +116,22 @@ def test_a_dropped_gradient_keeps_its_sign(
     assert (mine == 0).any() and torch.equal(mine.signbit().cpu(), theirs.signbit())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_an_adapter_of_zeros_changes_no_bits(
+    ops: Any, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Subnormal numbers included, which AVX512_BF16 would round to zero."""
+    shape = (50, 12, [(67, 4), (32, 6)], 3)
+    tested = case(shape, dtype, device=device)
+    bits = torch.arange(50 * 67, dtype=torch.int16, device=device).view(50, 67)
+    outputs = [(bits[:, :columns] - 1000).contiguous().view(dtype) for columns in (67, 32)]
+    ups = [torch.zeros_like(up) for up in tested.ups]
+    changed, _ = replace(tested, outputs=outputs, ups=ups).forward(ops.block_lora_)
+    for before, after in zip(outputs, changed, strict=True):
+        number = ~before.isnan()
+        assert torch.equal(before.view(torch.int16)[number], after.view(torch.int16)[number])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_unaligned_memory_and_what_lies_around_it(
     ops: Any, device: torch.device, dtype: torch.dtype

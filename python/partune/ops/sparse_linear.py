@@ -9,7 +9,7 @@ from torch import Tensor
 
 from partune.ops._autocast import autocast_dtype, without_autocast
 from partune.ops.frozen_linear import product
-from partune.ops.sampled_grad import sampled_grad
+from partune.ops.sampled_grad import sampled_grad_of_layer
 
 
 def sparse_linear(
@@ -109,7 +109,7 @@ class _SparseLinear(torch.autograd.Function):
             if ctx.needs_input_grad[3]:
                 factors = (rows, _rows(input))
                 left, right = factors[::-1] if ctx.transposed else factors
-                grad_values = sampled_grad(left, right, crow_indices, col_indices)
+                grad_values = sampled_grad_of_layer(left, right, crow_indices, col_indices)
                 if grad_values.dtype != ctx.values_dtype:
                     grad_values = grad_values.to(ctx.values_dtype)
         return grad_input, None, grad_bias, grad_values, None, None, None

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
+import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from partune import _native
+from partune.nn import (
+    BlockLoRAConfig,
+    ScaleShiftConfig,
+    SparseConfig,
+    attach,
+    detach,
+    disable_adapter,
+    merge,
+)
+from partune.nn._layers import FrozenLinear
 from partune.ops import frozen_linear
 from partune.ops.frozen_linear import product
+from partune.selection import Magnitude
 
 MODULE = importlib.import_module(product.__module__)
 
@@ -176,6 +189,37 @@ def test_compiles_as_one_graph(library):
     output.sum().backward()
     (wanted,) = torch.autograd.grad(F.linear(x, weight).sin().sum(), x)
     close(x.grad, wanted)
+
+
+CONFIGS = {
+    "scale_shift": ScaleShiftConfig(target_modules=["0"]),
+    "block_lora": BlockLoRAConfig(rank=2, blocks=1, target_modules=["0"]),
+    "sparse": SparseConfig(Magnitude(), density=0.2, target_modules=["0"]),
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_layers_that_attach_leaves_alone(library, calls, config):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(17, 10), nn.Linear(10, 6), nn.Embedding(4, 6))
+    base, keys = copy.deepcopy(model), list(model.state_dict())
+    attach(model, config)
+    head, x = model[1], torch.randn(16, 10)
+    assert isinstance(head, FrozenLinear) and isinstance(head, nn.Linear)
+    close(head(x), base[1](x))
+    assert calls[-1] == library
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    close(copied[1](x), base[1](x))
+    head.requires_grad_(True)
+    head(x).sum().backward()
+    close(head.weight.grad, torch.ones(6, 16) @ x)
+    with disable_adapter(model):
+        assert type(model[1]) is nn.Linear
+    assert isinstance(model[1], FrozenLinear)
+    detach(model)
+    assert type(model[1]) is nn.Linear and list(model.state_dict()) == keys
+    merge(attach(model, config))
+    assert type(model[1]) is nn.Linear
 
 
 def test_only_where_it_was_measured(monkeypatch):

@@ -52,14 +52,13 @@ def save_adapter(
     """
     name, adapter = attached(model, name)
     tensors = {}
-    for layer_name, layer in adapter.layers.items():
-        if layer.children_name:
-            module = model.get_submodule(layer_name)
-            trained = getattr(module, layer.children_name)[name]
-            for key, value in layer.file_tensors(module, trained).items():
-                tensors[f"{layer_name}.{key}"] = (
-                    value.detach().cpu().clone(memory_format=torch.contiguous_format)
-                )
+    for layer_name, layer in adapter.holders.items():
+        module = model.get_submodule(layer_name)
+        trained = getattr(module, layer.children_name)[name]
+        for key, value in layer.file_tensors(module, trained).items():
+            tensors[f"{layer_name}.{key}"] = (
+                value.detach().cpu().clone(memory_format=torch.contiguous_format)
+            )
     metadata = {
         "format": _FORMAT,
         "method": adapter.config.method,

@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from partune.ops import frozen_linear
+
 
 class Adapters(nn.ModuleDict):
     """What a layer's adapters added to it, by name."""
@@ -205,6 +207,18 @@ def computes_with(layer: AdaptedLayer, merged: Mapping[str, Tensor], input: Tens
     write(trial, merged)
     tolerance = 1e-5 * float(wanted.abs().amax())
     return bool(((trial(input.double()) - wanted).abs() <= tolerance).all())
+
+
+class FrozenLinear(AdaptedLayer, nn.Linear):
+    """A frozen linear layer without an adapter, such as a language model's head."""
+
+    original_class = nn.Linear
+
+    def forward(self, input: Tensor) -> Tensor:
+        return frozen_linear(input, self.weight, self.bias)
+
+    def merged(self) -> dict[str, Tensor]:
+        return {}
 
 
 class TrainedCopy(AdaptedLayer):

@@ -102,11 +102,7 @@ def merge(
         )
     if registry.active is None:
         raise ValueError(f"name: {name!r} is not active; call set_adapter(model, {name!r}) first")
-    merged = {
-        layer_name: _merged(model, layer_name)
-        for layer_name, layer in adapter.layers.items()
-        if layer.children_name
-    }
+    merged = {layer_name: _merged(model, layer_name) for layer_name in adapter.holders}
     refuse_shared(model, [name for name, parameters in merged.items() if parameters])
     created = _created(model, merged)
     flags, zeros = expressed(model, created) if created else ((), [])

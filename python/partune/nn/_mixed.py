@@ -89,7 +89,7 @@ def _mixed_rows(model: nn.Module, rows: dict[str, Tensor]) -> dict[nn.Module, _E
     mixed: dict[nn.Module, _Entries] = {}
     for name in rows:
         _, attachment = attached(model, name, "names")
-        for layer_name, layer in attachment.layers.items():
+        for layer_name, layer in attachment.holders.items():
             if not layer.mixes:
                 raise ValueError(
                     f"names: {name!r} is a {type(attachment.config).__name__}'s adapter, which "

@@ -10,7 +10,15 @@ from typing import Any, ClassVar
 from torch import nn
 
 from partune.nn._fingerprint import fingerprint_tensors
-from partune.nn._layers import AdaptedLayer, activate, deactivate, give_adapter, take_adapter
+from partune.nn._layers import (
+    AdaptedLayer,
+    FrozenLinear,
+    activate,
+    base_modules,
+    deactivate,
+    give_adapter,
+    take_adapter,
+)
 
 _ATTRIBUTE = "_partune_adapters"
 
@@ -54,6 +62,11 @@ class Adapter:
 
     config: AdapterConfig
     layers: dict[str, type[AdaptedLayer]]
+
+    @property
+    def holders(self) -> dict[str, type[AdaptedLayer]]:
+        """Those of the layers that hold something of it; the others only compute otherwise."""
+        return {name: layer for name, layer in self.layers.items() if layer.children_name}
 
 
 @dataclass
@@ -112,8 +125,9 @@ def attach(model: nn.Module, config: AdapterConfig, *, name: str = "default") ->
     """Add an adapter to a model, in place, and activate it: its parameters train, no others do.
 
     The layers that the config chooses get subclasses of their own classes and keep their names and
-    parameters, so the base's state_dict keys stay as they are. What is added has keys of its own,
-    `<layer>.scale_shift.<name>.scale`, `<layer>.block_lora.<name>.down`,
+    parameters, so the base's state_dict keys stay as they are. Linear layers that it leaves alone
+    become `FrozenLinear`, whose product is that of `partune.ops.frozen_linear`. What is added has
+    keys of its own, `<layer>.scale_shift.<name>.scale`, `<layer>.block_lora.<name>.down`,
     `<layer>.sparse.<name>.values`.
 
     Args:
@@ -163,10 +177,21 @@ def planned(
     try:
         if registry is not None:
             _deactivate(model, registry)  # the plan is made on the base's own classes
-        return config.plan_to_fill(model) if from_file else config.plan(model)
+        plan = config.plan_to_fill(model) if from_file else config.plan(model)
+        return {**_frozen_linears(model, plan), **plan}
     finally:
         if active is not None:
             set_adapter(model, active)
+
+
+def _frozen_linears(model: nn.Module, plan: Mapping[str, Placement]) -> dict[str, Placement]:
+    """The linear layers that the plan leaves as they are, and that no layer of it computes."""
+    within = tuple(f"{name}." for name in plan)
+    return {
+        name: Placement(FrozenLinear)
+        for name, module in base_modules(model)
+        if type(module) is nn.Linear and name not in plan and not name.startswith(within)
+    }
 
 
 def add_adapter(

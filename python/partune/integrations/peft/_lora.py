@@ -190,13 +190,13 @@ def _of_attached(model: nn.Module, name: str | None) -> _Adapter:
         )
     kept = {
         layer_name: getattr(model.get_submodule(layer_name), layer.children_name)[name]
-        for layer_name, layer in adapter.layers.items()
+        for layer_name, layer in adapter.holders.items()
     }
-    heads = [head for head, layer in adapter.layers.items() if layer is TrainedCopy]
+    heads = [head for head, layer in adapter.holders.items() if layer is TrainedCopy]
     return _Adapter(
         names=[module_name for module_name, _ in base_modules(model)],
         factors={layer: factors for layer, factors in kept.items() if layer not in heads},
-        kinds=set(adapter.layers.values()),
+        kinds=set(adapter.holders.values()),
         heads={head: kept[head].state_dict() for head in heads},
         base=getattr(model, "name_or_path", None) or None,
         task=None,

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 import cuda_emulator
+import partune
 from op_cases import GPU, Backend
+from partune import _native
 
 LEFT_OUT = pytest.StashKey[int]()
 
@@ -53,3 +58,35 @@ def ops(backend: Backend) -> Any:
 def device(backend: Backend) -> torch.device:
     """Where the backend wants its tensors."""
     return backend.device
+
+
+@pytest.fixture
+def load_native(monkeypatch):
+    """Loads a second copy of partune._native beside a core, or beside none."""
+
+    def load(core, backend=None, torch_cuda="13.0"):
+        monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+        if backend is None:
+            monkeypatch.delenv("PARTUNE_BACKEND", raising=False)
+        else:
+            monkeypatch.setenv("PARTUNE_BACKEND", backend)
+        # None in sys.modules makes the import fail, as a missing or broken file does.
+        monkeypatch.setitem(sys.modules, "partune._C", core)
+        monkeypatch.delattr(partune, "_C", raising=False)
+        if core is not None:
+            monkeypatch.setattr(partune, "_C", core, raising=False)
+        spec = importlib.util.spec_from_file_location("native_copy", _native.__file__)
+        native = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(native)
+        return native
+
+    return load
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """A second thread makes models of few numbers slower, on a busy machine fifty times."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -94,6 +96,14 @@ def inputs_of(kind: str) -> dict[str, Tensor]:
     if kind == "clip":
         return images | tokens
     return images if kind in ("vit", "deit", "dinov2", "swin", "convnext") else tokens
+
+
+@contextmanager
+def torchs_products() -> Iterator[None]:
+    """Frozen weights are multiplied by torch's own linear, as a base model's are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.backends.mkldnn, "enabled", False)
+        yield
 
 
 def output_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:

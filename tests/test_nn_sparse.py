@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from nn_models import inputs_of, output_of, saved_bytes, transformers_model
+from nn_models import inputs_of, output_of, saved_bytes, torchs_products, transformers_model
 from partune import ops
 from partune.nn import (
     SparseConfig,
@@ -129,7 +129,7 @@ def test_gradients_are_those_of_a_dense_layer(dtype, shape):
 def assert_same_output(model, dense, inputs):
     """Bit for bit with torch's own products, and to rounding with the faster ones."""
     assert_close(output_of(model, inputs), output_of(dense, inputs), 1e-6, "output")
-    with torch.backends.mkldnn.flags(enabled=False):
+    with torchs_products():
         assert torch.equal(output_of(model, inputs), output_of(dense, inputs))
 
 

@@ -10,6 +10,13 @@
 namespace partune {
 namespace {
 
+// bodies[types](matrix, begin, end) over all entries of a list.
+void run_entries(const CsrEntriesList& list, const CsrEntriesBodies& bodies) {
+  for_entries(list.matrices, [&](size_t i, int64_t begin, int64_t end) {
+    bodies[list.types[i]](list.matrices[i], begin, end);
+  });
+}
+
 void check_on_cpu(const char* op, const TensorList& matrices) {
   for (const Tensor& one : matrices) STD_TORCH_CHECK(one.is_cpu(), op, ": matrices must be on the CPU");
 }
@@ -17,23 +24,15 @@ void check_on_cpu(const char* op, const TensorList& matrices) {
 void gather_csr_(TensorList values, TensorList matrices, TensorList crow_indices, TensorList col_indices) {
   const char* op = "gather_csr_";
   check_on_cpu(op, matrices);
-  const CsrEntriesList list =
-      pack_entries(op, WrittenEntries::kValues, matrices, values, crow_indices, col_indices);
-  const CsrEntriesCpu& cpu = PARTUNE_CPU_TABLE(csr_entries_cpu);
-  for_entries(list.matrices, [&](size_t i, int64_t begin, int64_t end) {
-    cpu.gather[list.types[i]](list.matrices[i], begin, end);
-  });
+  run_entries(pack_entries(op, WrittenEntries::kValues, matrices, values, crow_indices, col_indices),
+              PARTUNE_CPU_TABLE(csr_entries_cpu).gather);
 }
 
 void scatter_csr_(TensorList matrices, TensorList values, TensorList crow_indices, TensorList col_indices) {
   const char* op = "scatter_csr_";
   check_on_cpu(op, matrices);
-  const CsrEntriesList list =
-      pack_entries(op, WrittenEntries::kMatrices, matrices, values, crow_indices, col_indices);
-  const CsrEntriesCpu& cpu = PARTUNE_CPU_TABLE(csr_entries_cpu);
-  for_entries(list.matrices, [&](size_t i, int64_t begin, int64_t end) {
-    cpu.scatter[list.types[i]](list.matrices[i], begin, end);
-  });
+  run_entries(pack_entries(op, WrittenEntries::kMatrices, matrices, values, crow_indices, col_indices),
+              PARTUNE_CPU_TABLE(csr_entries_cpu).scatter);
 }
 
 }  // namespace

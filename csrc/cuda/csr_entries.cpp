@@ -10,7 +10,10 @@ namespace {
 
 // launch(types, matrices, count, stream) for each combination of dtypes, matrices without entries left out.
 template <typename Launch>
-void launch_list(const char* op, const CsrEntriesList& list, int device, const Launch& launch) {
+void launch_list(const char* op, const CsrEntriesList& list, const TensorList& tensors,
+                 const Launch& launch) {
+  if (tensors.empty()) return;
+  const int device = tensors[0].get_device_index();
   const DeviceScope scope(device);
   const cudaStream_t stream = current_stream(device);
   for (int types = 0; types < kCsrEntryTypesCount; ++types) {
@@ -27,19 +30,15 @@ void launch_list(const char* op, const CsrEntriesList& list, int device, const L
 void gather_csr_cuda_(TensorList values, TensorList matrices, TensorList crow_indices,
                       TensorList col_indices) {
   const char* op = "gather_csr_";
-  const CsrEntriesList list =
-      pack_entries(op, WrittenEntries::kValues, matrices, values, crow_indices, col_indices);
-  if (matrices.empty()) return;
-  launch_list(op, list, matrices[0].get_device_index(), launch_gather_csr);
+  launch_list(op, pack_entries(op, WrittenEntries::kValues, matrices, values, crow_indices, col_indices),
+              matrices, launch_gather_csr);
 }
 
 void scatter_csr_cuda_(TensorList matrices, TensorList values, TensorList crow_indices,
                        TensorList col_indices) {
   const char* op = "scatter_csr_";
-  const CsrEntriesList list =
-      pack_entries(op, WrittenEntries::kMatrices, matrices, values, crow_indices, col_indices);
-  if (matrices.empty()) return;
-  launch_list(op, list, matrices[0].get_device_index(), launch_scatter_csr);
+  launch_list(op, pack_entries(op, WrittenEntries::kMatrices, matrices, values, crow_indices, col_indices),
+              matrices, launch_scatter_csr);
 }
 
 }  // namespace partune

@@ -4,10 +4,11 @@
 
 namespace partune {
 
+// Entries [begin, end) of one matrix, by types.
+typedef void (*CsrEntriesBodies[kCsrEntryTypesCount])(const MatrixEntries&, int64_t begin, int64_t end);
+
 struct CsrEntriesCpu {
-  // Entries [begin, end) of one matrix, from it into the values and from them into it.
-  void (*gather[kCsrEntryTypesCount])(const MatrixEntries&, int64_t begin, int64_t end);
-  void (*scatter[kCsrEntryTypesCount])(const MatrixEntries&, int64_t begin, int64_t end);
+  CsrEntriesBodies gather, scatter;  // from the matrix into the values, and from them into it
 };
 
 namespace baseline {

@@ -13,14 +13,12 @@ from torch import Tensor
 
 from partune.ops._autocast import without_autocast
 from partune.ops._contract import OPS
-from partune.ops.frozen_linear import in_shape_of, product
+from partune.ops.frozen_linear import in_shape_of, product, rows_of
 
 
 def _rows(value: Tensor) -> Tensor:
     """[tokens, features], contiguous."""
-    if value.dim() == 2 and value.is_contiguous():
-        return value
-    return (value.unsqueeze(0) if value.dim() == 1 else value.flatten(0, -2)).contiguous()
+    return rows_of(value).contiguous()
 
 
 def _refuse_second_derivative(grads: tuple[Tensor, ...]) -> None:

@@ -68,11 +68,18 @@ def product(
         if onto is not None:
             return multiply.binary(input, onto, weight, None, "add")  # type: ignore[no-any-return]
         bias = None if bias is None else bias.contiguous()  # it reads no strides of a bias
-        rows = input.reshape(-1, weight.shape[1])
-        return in_shape_of(input, multiply.default(rows, weight, bias, "none", [], ""))
+        output = multiply.default(rows_of(input), weight, bias, "none", [], "")
+        return in_shape_of(input, output)
     if onto is not None:
         return onto.addmm_(input, weight.t())
     return F.linear(input, weight, bias)
+
+
+def rows_of(value: Tensor) -> Tensor:
+    """[tokens, features], whatever the leading dimensions."""
+    if value.dim() == 2:
+        return value
+    return value.unsqueeze(0) if value.dim() == 1 else value.flatten(0, -2)
 
 
 def in_shape_of(input: Tensor, rows: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from partune.ops._autocast import autocast_dtype, without_autocast
-from partune.ops.frozen_linear import product
+from partune.ops.frozen_linear import product, rows_of
 from partune.ops.sampled_grad import sampled_grad_of_layer
 
 
@@ -68,11 +68,6 @@ def sparse_linear(
     return output
 
 
-def _rows(value: Tensor) -> Tensor:
-    """[tokens, features]."""
-    return value.unsqueeze(0) if value.dim() == 1 else value.flatten(0, -2)
-
-
 class _SparseLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -103,11 +98,11 @@ class _SparseLinear(torch.autograd.Function):
         with without_autocast(grad):
             if ctx.needs_input_grad[0]:
                 grad_input = product(grad, weight if ctx.transposed else weight.t())
-            rows = _rows(grad)
+            rows = rows_of(grad)
             if ctx.needs_input_grad[2]:
                 grad_bias = rows.sum(0)
             if ctx.needs_input_grad[3]:
-                factors = (rows, _rows(input))
+                factors = (rows, rows_of(input))
                 left, right = factors[::-1] if ctx.transposed else factors
                 grad_values = sampled_grad_of_layer(left, right, crow_indices, col_indices)
                 if grad_values.dtype != ctx.values_dtype:

@@ -1,7 +1,8 @@
 """Family block_lora as autograd sees it: a frozen product and its adapter's part are one node.
 
 The adapter's part is added into the frozen product's result, forward and backward, so that nothing
-of tokens times features lives beside it; of that size the input alone is saved.
+of tokens times features lives beside it; of that size the input alone is saved (of an input that is
+a product its factors, where autograd keeps them anyway).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from partune.ops._autocast import without_autocast
 from partune.ops._contract import OPS
+from partune.ops._saved_input import input_of, saved_of
 from partune.ops.frozen_linear import in_shape_of, product, rows_of
 
 
@@ -37,13 +39,14 @@ def _backward(
     trained: tuple[bool, bool],
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """The gradients of downs and ups; the input's is written or added to in place."""
-    input, hidden, seed, step, *adapters = saved
+    first, second, hidden, seed, step, *adapters = saved
     downs, ups = list(adapters[: len(grads)]), list(adapters[len(grads) :])
     grad_downs = [torch.empty_like(down) for down in downs] if trained[0] else []
     grad_ups = [torch.empty_like(up) for up in ups] if trained[1] else []
     if grad_input is not None or trained[0] or trained[1]:
         OPS["block_lora_backward_"].run_on_fresh(
-            grad_input, grad_downs, grad_ups, grads, _rows(input), hidden, downs, ups,
+            grad_input, grad_downs, grad_ups,
+            grads, _rows(input_of(first, second)), hidden, downs, ups,
             seed=seed, step=step, accumulate=accumulate, **ctx.options,
         )  # fmt: skip
     nothing: list[Tensor | None] = [None] * len(grads)
@@ -80,7 +83,7 @@ class BlockLoRALinear(torch.autograd.Function):
             outputs, rows, list(downs), list(ups), seed=seed, step=step, **ctx.options
         )
         kept = weights if ctx.needs_input_grad[0] else [None] * count
-        ctx.save_for_backward(input, hidden, seed, step, *downs, *ups, *kept)
+        ctx.save_for_backward(*saved_of(input), hidden, seed, step, *downs, *ups, *kept)
         return tuple(in_shape_of(input, output) for output in outputs)
 
     @staticmethod
@@ -143,7 +146,7 @@ class BlockLoRA(torch.autograd.Function):
         hidden = OPS["block_lora_"].overload(
             rows, _rows(input), list(downs), list(ups), seed=seed, step=step, **ctx.options
         )
-        ctx.save_for_backward(input, hidden, seed, step, *downs, *ups)
+        ctx.save_for_backward(*saved_of(input), hidden, seed, step, *downs, *ups)
         return tuple(outputs)
 
     @staticmethod

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from partune.ops._autocast import autocast_dtype, without_autocast
+from partune.ops._saved_input import input_of, saved_of
 from partune.ops.frozen_linear import product, rows_of
 from partune.ops.sampled_grad import sampled_grad_of_layer
 
@@ -26,8 +27,9 @@ def sparse_linear(
 
     The weight is read as it is: it has to hold the values already. Their gradient is that of the
     weight at the entries of the CSR, formed there alone. Differentiable, once, with respect to
-    input, bias and values; saved for that are the input, the weight and the CSR. Under autocast
-    input, weight and bias are cast as torch's linear casts them.
+    input, bias and values; saved for that are the input, the weight and the CSR (of an input that
+    is a product its factors, where autograd keeps them anyway). Under autocast input, weight and
+    bias are cast as torch's linear casts them.
 
     Args:
         input: float64, float32, bfloat16 or float16, [..., in].
@@ -82,8 +84,8 @@ class _SparseLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.transposed = transposed
         ctx.values_dtype = values.dtype
-        read = input if ctx.needs_input_grad[3] else None
-        ctx.save_for_backward(read, weight, crow_indices, col_indices)
+        read = saved_of(input) if ctx.needs_input_grad[3] else (None, None)
+        ctx.save_for_backward(*read, weight, crow_indices, col_indices)
         with without_autocast(input):
             return product(input, weight.t() if transposed else weight, bias)
 
@@ -93,7 +95,7 @@ class _SparseLinear(torch.autograd.Function):
             raise RuntimeError(
                 "sparse_linear has no second derivative; call backward without create_graph=True"
             )
-        input, weight, crow_indices, col_indices = ctx.saved_tensors
+        *read, weight, crow_indices, col_indices = ctx.saved_tensors
         grad_input = grad_bias = grad_values = None
         with without_autocast(grad):
             if ctx.needs_input_grad[0]:
@@ -102,7 +104,7 @@ class _SparseLinear(torch.autograd.Function):
             if ctx.needs_input_grad[2]:
                 grad_bias = rows.sum(0)
             if ctx.needs_input_grad[3]:
-                factors = (rows, rows_of(input))
+                factors = (rows, rows_of(input_of(*read)))
                 left, right = factors[::-1] if ctx.transposed else factors
                 grad_values = sampled_grad_of_layer(left, right, crow_indices, col_indices)
                 if grad_values.dtype != ctx.values_dtype:

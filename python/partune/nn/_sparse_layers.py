@@ -45,20 +45,21 @@ class SparseLayer(WrittenLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         entries = self.adapter
+        values, weight = entries.values, self.weight
         if not torch.compiler.is_compiling():
-            self._refuse_stale(entries)
+            self._refuse_stale(entries, values, weight)
         return sparse_linear(
-            input, self.weight, self.bias, entries.values, *entries.csr, transposed=self.transposed
+            input, weight, self.bias, values, *entries.csr, transposed=self.transposed
         )
 
-    def _refuse_stale(self, entries: SparseEntries) -> None:
-        if not is_watched(self):
+    def _refuse_stale(self, entries: SparseEntries, values: Tensor, weight: Tensor) -> None:
+        if not is_watched(self, values):
             raise RuntimeError(
                 "values: got a parameter that replaced the layer's own (as FSDP or functional_call "
                 "do), so the optimizer's steps don't reach the weight; train it unsharded, for "
                 "example under DistributedDataParallel"
             )
-        if not entries.is_written(self.weight):
+        if values._version != entries.written_version and not entries.is_written(weight):
             raise RuntimeError(
                 "values: they have changed since they were written into the weight; call "
                 "partune.nn.write_back_(model) after whatever changed them but an optimizer's step"

@@ -37,17 +37,19 @@ def watch(layer: WrittenLayer) -> None:
     if values not in _layers:
         _layers[values] = weakref.WeakSet()
     _layers[values].add(layer)
+    layer.__dict__["watched_values"] = values  # no parameter of the layer's own
 
 
 def unwatch(layer: WrittenLayer) -> None:
     watching = _layers.get(layer.adapter.values)
     if watching is not None:
         watching.discard(layer)
+    layer.__dict__.pop("watched_values", None)
 
 
-def is_watched(layer: WrittenLayer) -> bool:
-    watching = _layers.get(layer.adapter.values)
-    return watching is not None and layer in watching
+def is_watched(layer: WrittenLayer, values: Tensor) -> bool:
+    """Whether optimizers that step these values will write them into the layer's weight."""
+    return layer.__dict__.get("watched_values") is values
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

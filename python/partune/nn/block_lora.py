@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from partune.ops import block_lora, block_lora_linear
+from partune.ops import block_lora
+from partune.ops.block_lora import block_lora_linear_of_layer
 
 RANK = 8
 BLOCKS = 2
@@ -62,11 +63,10 @@ class LowRank(nn.Module):
             output: Tensor = self(input, F.linear(input, weight, bias), reuse=True)
             return output
         down, up = self._factors_for(input)
-        outputs = block_lora_linear(
-            input, [weight], [bias], [down], [up], scales=[self.scale], share=self.share,
+        return block_lora_linear_of_layer(
+            input, weight, bias, down, up, scale=self.scale, share=self.share,
             dropout=self._dropout(),
         )  # fmt: skip
-        return outputs[0]
 
     def _factors_for(self, input: Tensor) -> tuple[Tensor, Tensor]:
         if input.dim() == 0 or input.shape[-1] != self.in_features:

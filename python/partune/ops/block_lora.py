@@ -90,13 +90,38 @@ def block_lora_linear(
         biases = [None if bias is None else bias.to(dtype) for bias in biases]
     for name, values in (("weights", weights), ("biases", biases)):
         _check_dtypes(name, values, input)
-    downs, ups = _computing(input, downs), _computing(input, ups)
-    seed, step = _draws_from(input, dropout, seed, step, layer_id)
+    check_dropout(input.device, dropout, seed, step, layer_id)
     outputs = autograd.BlockLoRALinear.apply(  # type: ignore[no-untyped-call]
-        input, seed, step, tuple(scales), share, dropout, layer_id,
-        *weights, *biases, *downs, *ups,
+        input, *_draws_from(input, dropout, seed, step), tuple(scales), share, dropout, layer_id,
+        *weights, *biases, *_computing(input, downs), *_computing(input, ups),
     )  # fmt: skip
     return list(outputs)
+
+
+def block_lora_linear_of_layer(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    *,
+    scale: float,
+    share: str,
+    dropout: float,
+) -> Tensor:
+    """`block_lora_linear` of what a layer holds and has checked; native code checks what it must.
+
+    After a product has emptied the caches, checks in Python take longer than the small products.
+    """
+    dtype = autocast_dtype(input)
+    if dtype is not None:
+        input, weight = input.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    (output,) = autograd.BlockLoRALinear.apply(  # type: ignore[no-untyped-call]
+        input, *_draws_from(input, dropout, None, None), (scale,), share, dropout, 0,
+        weight, bias, *_computing(input, (down, up)),
+    )  # fmt: skip
+    return output  # type: ignore[no-any-return]
 
 
 def block_lora(
@@ -146,11 +171,10 @@ def block_lora(
         _check_inplace(bases)
         inplace = _can_overwrite(bases)
     input = input.to(bases[0].dtype)
-    downs, ups = _computing(input, downs), _computing(input, ups)
-    seed, step = _draws_from(input, dropout, seed, step, layer_id)
+    check_dropout(input.device, dropout, seed, step, layer_id)
     outputs = autograd.BlockLoRA.apply(  # type: ignore[no-untyped-call]
-        input, seed, step, tuple(scales), share, dropout, layer_id, inplace,
-        *bases, *downs, *ups,
+        input, *_draws_from(input, dropout, seed, step), tuple(scales), share, dropout, layer_id,
+        inplace, *bases, *_computing(input, downs), *_computing(input, ups),
     )  # fmt: skip
     return list(outputs)
 
@@ -296,9 +320,8 @@ def _computing(input: Tensor, adapters: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _draws_from(
-    input: Tensor, dropout: float, seed: Tensor | None, step: Tensor | None, layer_id: int
+    input: Tensor, dropout: float, seed: Tensor | None, step: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    check_dropout(input.device, dropout, seed, step, layer_id)
     if dropout == 0.0:
         return None, None
     if seed is None:

@@ -19,6 +19,7 @@ from partune.ops._autocast import autocast_is_on
 
 # With fewer rows to multiply, setting up oneDNN's product takes longer than it saves (measured).
 _LEAST_ROWS = 8
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def frozen_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -64,12 +65,7 @@ def product(
         onto: [rows, out].
     """
     if _by_onednn(input, weight, bias):
-        multiply: Any = torch.ops.mkldnn._linear_pointwise
-        if onto is not None:
-            return multiply.binary(input, onto, weight, None, "add")  # type: ignore[no-any-return]
-        bias = None if bias is None else bias.contiguous()  # it reads no strides of a bias
-        output = multiply.default(rows_of(input), weight, bias, "none", [], "")
-        return in_shape_of(input, output)
+        return _product_by_onednn(input, weight, bias, onto)
     if onto is not None:
         return onto.addmm_(input, weight.t())
     return F.linear(input, weight, bias)
@@ -82,11 +78,35 @@ def rows_of(value: Tensor) -> Tensor:
     return value.unsqueeze(0) if value.dim() == 1 else value.flatten(0, -2)
 
 
+_UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
+
+
 def in_shape_of(input: Tensor, rows: Tensor) -> Tensor:
     """Rows in an input's leading dimensions; not a view, so that they may be written in place."""
     if input.dim() == 2:
         return rows
-    return torch.ops.aten._unsafe_view(rows, [*input.shape[:-1], rows.shape[-1]])  # type: ignore[no-any-return]
+    return _UNSAFE_VIEW(rows, [*input.shape[:-1], rows.shape[-1]])  # type: ignore[no-any-return]
+
+
+def _product_by_onednn(
+    input: Tensor, weight: Tensor, bias: Tensor | None, onto: Tensor | None = None
+) -> Tensor:
+    multiply, multiply_onto = _onednn()
+    if onto is not None:
+        return multiply_onto(input, onto, weight, None, "add")  # type: ignore[no-any-return]
+    if bias is not None:
+        bias = bias.contiguous()  # it reads no strides of a bias
+    if input.dim() == 2:
+        return multiply(input, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+    with torch._C._AutoDispatchBelowADInplaceOrView():  # no view to autograd: as `in_shape_of`
+        return multiply(input, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+
+
+@cache
+def _onednn() -> tuple[Any, Any]:
+    """What torch calls it by, without and with a tensor that the product is added to."""
+    packet = torch.ops.mkldnn._linear_pointwise
+    return packet.default, packet.binary
 
 
 def _by_onednn(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -95,14 +115,15 @@ def _by_onednn(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     A compiler chooses by itself.
     """
     return bool(
-        input.dtype == weight.dtype == torch.float32
-        and input.device.type == weight.device.type == "cpu"
+        input.dtype is weight.dtype is torch.float32
+        and input.is_cpu
+        and weight.is_cpu
         and not torch.compiler.is_compiling()
         and onednn_is_faster()
         and torch.backends.mkldnn.enabled
-        and type(weight) in (Tensor, nn.Parameter)
-        and type(input) in (Tensor, nn.Parameter)
-        and input.dim() >= 1
+        and type(weight) in _PLAIN
+        and type(input) in _PLAIN
+        and input.dim() >= 2
         and weight.dim() == 2
         and input.shape[-1] == weight.shape[1] > 0
         and input.numel() >= _LEAST_ROWS * weight.shape[1]
@@ -126,7 +147,7 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
-        return product(input, weight, bias)
+        return _product_by_onednn(input, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

@@ -86,8 +86,7 @@ class _SparseLinear(torch.autograd.Function):
         ctx.values_dtype = values.dtype
         read = saved_of(input) if ctx.needs_input_grad[3] else (None, None)
         ctx.save_for_backward(*read, weight, crow_indices, col_indices)
-        with without_autocast(input):
-            return product(input, weight.t() if transposed else weight, bias)
+        return product(input, weight.t() if transposed else weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from conftest import SHARE_OF_BAR, Comparison
 from partune import ops
+from partune.nn import BlockLoRALinear
 
-FORWARD = torch.ops.partune.block_lora_.default
-BACKWARD = torch.ops.partune.block_lora_backward_.default
 # tokens, in, out; and the most that adapters may take of a frozen step.
 SHAPES = {(2048, 1024, 1024): 1.10, (2048, 1024, 4096): 1.10, (512, 4096, 4096): 1.05}
 DTYPES = [torch.float32, torch.bfloat16]
@@ -43,44 +42,26 @@ class Layer:
         def draw(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.randn(size, generator=generator).to(dtype)
 
-        self.dropout = dropout
         self.x = draw(tokens, features, dtype=dtype).requires_grad_()
         self.grad = draw(tokens, out, dtype=dtype)
-        self.linear = nn.Linear(features, out, dtype=dtype).requires_grad_(False)
-        self.down = draw(rank, features // blocks).requires_grad_()
-        self.up = draw(out, rank).requires_grad_()
+        self.linear = linear = nn.Linear(features, out, dtype=dtype).requires_grad_(False)
+        self.ours = BlockLoRALinear.from_linear(linear, rank=rank, blocks=blocks, dropout=dropout)
         config = peft.LoraConfig(
             r=rank, lora_alpha=rank, lora_dropout=dropout, target_modules=["0"]
         )
-        self.peft = peft.get_peft_model(nn.Sequential(self.linear), config).base_model.model[0]
-        self.seed, self.step = torch.tensor(0), torch.tensor(0)
-
-    def ours(self, x: Tensor) -> Tensor:
-        weight, bias = self.peft.base_layer.weight, self.peft.base_layer.bias
-        return ops.block_lora_linear(
-            x, [weight], [bias], [self.down], [self.up],
-            scales=[1.0], dropout=self.dropout, seed=self.seed, step=self.step,
-        )[0]  # fmt: skip
+        self.peft = peft.get_peft_model(nn.Sequential(linear), config).base_model.model[0]
 
     def frozen(self, x: Tensor) -> Tensor:
-        return ops.frozen_linear(x, self.peft.base_layer.weight, self.peft.base_layer.bias)
+        return ops.frozen_linear(x, self.linear.weight, self.linear.bias)
 
-    def run(
-        self, function: Callable[[Tensor], Tensor], trained: list[Tensor]
-    ) -> Callable[[], object]:
-        return lambda: torch.autograd.grad(function(self.x), [self.x, *trained], self.grad)
+    def run(self, function: Callable[[Tensor], Tensor]) -> Callable[[], object]:
+        parameters = function.parameters() if isinstance(function, nn.Module) else ()
+        wanted = [self.x, *(p for p in parameters if p.requires_grad)]
+        return lambda: torch.autograd.grad(function(self.x), wanted, self.grad)
 
     def compare(self, rounds: int) -> Comparison:
-        peft_trained = [p for p in self.peft.parameters() if p.requires_grad]
-        return Comparison(
-            {
-                "ours": self.run(self.ours, [self.down, self.up]),
-                FROZEN: self.run(self.peft.base_layer, []),
-                OWN: self.run(self.frozen, []),
-                PEFT: self.run(self.peft, peft_trained),
-            },
-            rounds,
-        )
+        ways = {"ours": self.ours, FROZEN: self.linear, OWN: self.frozen, PEFT: self.peft}
+        return Comparison({name: self.run(way) for name, way in ways.items()}, rounds)
 
 
 def overheads(

@@ -117,6 +117,10 @@ def block_lora_linear_of_layer(
     if dtype is not None:
         input, weight = input.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
+    if input.dtype is not weight.dtype:
+        raise TypeError(
+            f"input: got dtype {input.dtype} beside a weight of {weight.dtype}, want one dtype"
+        )
     (output,) = autograd.BlockLoRALinear.apply(  # type: ignore[no-untyped-call]
         input, *_draws_from(input, dropout, None, None), (scale,), share, dropout, 0,
         weight, bias, *_computing(input, (down, up)),

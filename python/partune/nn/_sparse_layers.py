@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from partune.nn._layers import Adapters
 from partune.nn._sparse_entries import SparseEntries
+from partune.nn._sparse_groups import KEY, leave, output
 from partune.nn._sparse_writing import WrittenLayer, is_watched, unwatch, watch
 from partune.nn._targets import is_conv1d
 from partune.ops import gather_csr
 from partune.ops._checks import FLOATING
-from partune.ops.sparse_linear import sparse_linear
+from partune.ops.sparse_linear import sparse_linears
 from partune.selection import GradientMagnitude, Selection
 from partune.selection.budget import DEFAULT_DENSITY, Layout, check_budget, settle_budget
 from partune.selection.protocol import observes
@@ -34,9 +35,13 @@ class SparseLayer(WrittenLayer):
         watch(self)
 
     def left(self) -> None:
+        leave(self)
         unwatch(self)
         if not self.adapter.stays:
             self.adapter.take_out_(self.weight)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != KEY}
 
     def __setstate__(self, state: Any) -> None:
         """Copies and pickles have values of their own."""
@@ -44,22 +49,31 @@ class SparseLayer(WrittenLayer):
         watch(self)
 
     def forward(self, input: Tensor) -> Tensor:
-        entries = self.adapter
-        values, weight = entries.values, self.weight
-        if not torch.compiler.is_compiling():
-            self._refuse_stale(entries, values, weight)
-        return sparse_linear(
-            input, weight, self.bias, values, *entries.csr, transposed=self.transposed
-        )
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return output(self, input)
+        return self.compute([self], input)[0]
 
-    def _refuse_stale(self, entries: SparseEntries, values: Tensor, weight: Tensor) -> None:
+    def compute(self, members: Sequence[SparseLayer], input: Tensor) -> tuple[Tensor, ...]:
+        """The outputs of this layer, and of others that read the same input."""
+        adapters = [member.adapter for member in members]
+        weights = [member.weight for member in members]
+        values = [adapter.values for adapter in adapters]
+        if not torch.compiler.is_compiling():
+            for member, adapter, value in zip(members, adapters, values, strict=True):
+                member._refuse_stale(adapter, value)
+        return sparse_linears(
+            input, weights, [member.bias for member in members], values,
+            [adapter.csr for adapter in adapters], transposed=self.transposed,
+        )  # fmt: skip
+
+    def _refuse_stale(self, entries: SparseEntries, values: Tensor) -> None:
         if not is_watched(self, values):
             raise RuntimeError(
                 "values: got a parameter that replaced the layer's own (as FSDP or functional_call "
                 "do), so the optimizer's steps don't reach the weight; train it unsharded, for "
                 "example under DistributedDataParallel"
             )
-        if values._version != entries.written_version and not entries.is_written(weight):
+        if values._version != entries.written_version and not entries.is_written(self.weight):
             raise RuntimeError(
                 "values: they have changed since they were written into the weight; call "
                 "partune.nn.write_back_(model) after whatever changed them but an optimizer's step"

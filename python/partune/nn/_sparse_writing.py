@@ -12,6 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from partune.nn._layers import AdaptedLayer
 from partune.nn._sparse_entries import SparseEntries, write_all_
+from partune.nn._sparse_groups import regroup
 
 
 class WrittenLayer(AdaptedLayer):
@@ -55,13 +56,13 @@ def is_watched(layer: WrittenLayer, values: Tensor) -> bool:
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if len(_layers) == 0:
         return
-    weights: dict[tuple[SparseEntries, int], Tensor] = {}  # tied ones once
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            for layer in _layers.get(parameter, ()):
-                weight = layer.weight
-                weights[layer.adapter, id(weight)] = weight
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    layers = [layer for parameter in parameters for layer in _layers.get(parameter, ())]
+    weights = {
+        (layer.adapter, id(layer.weight)): layer.weight for layer in layers
+    }  # tied ones once
     write_all_((entries, weight) for (entries, _), weight in weights.items())
+    regroup(layers)
 
 
 def write_back_(model: nn.Module) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 def autocast_is_on(value: Tensor) -> bool:
     """On the device of a tensor; of the meta device autocast doesn't know."""
-    device = value.device.type
+    device = "cpu" if value.is_cpu else value.device.type
     return device != "meta" and torch.is_autocast_enabled(device)
 
 

@@ -56,7 +56,7 @@ def frozen_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
 def product(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, *, onto: Tensor | None = None
 ) -> Tensor:
-    """x Wᵀ + b, or x Wᵀ + onto, which may be overwritten; autograd doesn't see through it.
+    """x Wᵀ + b, or x Wᵀ added to `onto`, which it returns; autograd doesn't see through it.
 
     Args:
         input: [..., in]; a matrix beside `onto`.
@@ -65,7 +65,8 @@ def product(
         onto: [rows, out].
     """
     if _by_onednn(input, weight, bias):
-        return _product_by_onednn(input, weight, bias, onto)
+        output = _product_by_onednn(input, weight, bias)
+        return output if onto is None else onto.add_(output)  # quicker than its own adding
     if onto is not None:
         return onto.addmm_(input, weight.t())
     return F.linear(input, weight, bias)
@@ -88,12 +89,8 @@ def in_shape_of(input: Tensor, rows: Tensor) -> Tensor:
     return _UNSAFE_VIEW(rows, [*input.shape[:-1], rows.shape[-1]])  # type: ignore[no-any-return]
 
 
-def _product_by_onednn(
-    input: Tensor, weight: Tensor, bias: Tensor | None, onto: Tensor | None = None
-) -> Tensor:
-    multiply, multiply_onto = _onednn()
-    if onto is not None:
-        return multiply_onto(input, onto, weight, None, "add")  # type: ignore[no-any-return]
+def _product_by_onednn(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    multiply = _onednn()
     if bias is not None:
         bias = bias.contiguous()  # it reads no strides of a bias
     if input.dim() == 2:
@@ -103,10 +100,9 @@ def _product_by_onednn(
 
 
 @cache
-def _onednn() -> tuple[Any, Any]:
-    """What torch calls it by, without and with a tensor that the product is added to."""
-    packet = torch.ops.mkldnn._linear_pointwise
-    return packet.default, packet.binary
+def _onednn() -> Any:
+    """What torch calls it by."""
+    return torch.ops.mkldnn._linear_pointwise.default
 
 
 def _by_onednn(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

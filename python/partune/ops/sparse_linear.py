@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from partune.ops._autocast import autocast_dtype, without_autocast
 from partune.ops._saved_input import input_of, saved_of
+from partune.ops.csr import Csr
 from partune.ops.frozen_linear import product, rows_of
 from partune.ops.sampled_grad import sampled_grad_of_layer
 
@@ -55,57 +57,88 @@ def sparse_linear(
         >>> y.item(), values.grad
         (13.0, tensor([2.]))
     """
-    if weight.requires_grad:
+    (output,) = sparse_linears(
+        input, [weight], [bias], [values], [(crow_indices, col_indices)], transposed=transposed
+    )
+    return output
+
+
+def sparse_linears(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    values: Sequence[Tensor],
+    csrs: Sequence[Csr],
+    *,
+    transposed: bool = False,
+) -> tuple[Tensor, ...]:
+    """`sparse_linear` of layers that read one input, such as q, k and v: one node of the graph."""
+    if any(weight.requires_grad for weight in weights):
         raise ValueError(
             "weight: got one that requires grad beside values, which are part of it; want a frozen "
             "one, weight.requires_grad_(False)"
         )
     dtype = autocast_dtype(input)
     if dtype is not None:
-        input, weight = input.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    output: Tensor = _SparseLinear.apply(  # type: ignore[no-untyped-call]
-        input, weight, bias, values, crow_indices, col_indices, transposed
+        input = input.to(dtype)
+        weights = [weight.to(dtype) for weight in weights]
+        biases = [None if bias is None else bias.to(dtype) for bias in biases]
+    indices = [tensor for csr in csrs for tensor in csr]
+    outputs: tuple[Tensor, ...] = _SparseLinears.apply(  # type: ignore[no-untyped-call]
+        transposed, input, *weights, *biases, *values, *indices
     )
-    return output
+    return outputs
 
 
-class _SparseLinear(torch.autograd.Function):
+class _SparseLinears(torch.autograd.Function):
+    """Its tensors are weights, biases and values, as many of each, and the CSRs' two of each."""
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        values: Tensor,
-        crow_indices: Tensor,
-        col_indices: Tensor,
-        transposed: bool,
-    ) -> Tensor:
+    def forward(ctx: Any, transposed: bool, input: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
+        count = len(tensors) // 5
+        weights, biases, values = (tensors[i * count : (i + 1) * count] for i in range(3))
         ctx.transposed = transposed
-        ctx.values_dtype = values.dtype
-        read = saved_of(input) if ctx.needs_input_grad[3] else (None, None)
-        ctx.save_for_backward(*read, weight, crow_indices, col_indices)
-        return product(input, weight.t() if transposed else weight, bias)
+        ctx.values_dtypes = [value.dtype for value in values]
+        ctx.set_materialize_grads(False)
+        trains = any(ctx.needs_input_grad[2 + 2 * count : 2 + 3 * count])
+        read = saved_of(input) if trains else (None, None)
+        ctx.save_for_backward(*read, *weights, *tensors[3 * count :])
+        return tuple(
+            product(input, weight.t() if transposed else weight, bias)
+            for weight, bias in zip(weights, biases, strict=True)
+        )
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() and grad.requires_grad:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and any(g is not None and g.requires_grad for g in grads):
             raise RuntimeError(
                 "sparse_linear has no second derivative; call backward without create_graph=True"
             )
-        *read, weight, crow_indices, col_indices = ctx.saved_tensors
-        grad_input = grad_bias = grad_values = None
-        with without_autocast(grad):
-            if ctx.needs_input_grad[0]:
-                grad_input = product(grad, weight if ctx.transposed else weight.t())
-            rows = rows_of(grad)
-            if ctx.needs_input_grad[2]:
-                grad_bias = rows.sum(0)
-            if ctx.needs_input_grad[3]:
-                factors = (rows, rows_of(input_of(*read)))
-                left, right = factors[::-1] if ctx.transposed else factors
-                grad_values = sampled_grad_of_layer(left, right, crow_indices, col_indices)
-                if grad_values.dtype != ctx.values_dtype:
-                    grad_values = grad_values.to(ctx.values_dtype)
-        return grad_input, None, grad_bias, grad_values, None, None, None
+        count, needed = len(grads), ctx.needs_input_grad
+        first, second, *saved = ctx.saved_tensors
+        weights, indices = saved[:count], saved[count:]
+        grad_input: Tensor | None = None
+        read: Tensor | None = None  # as rows
+        grad_biases: list[Tensor | None] = [None] * count
+        grad_values: list[Tensor | None] = [None] * count
+        for i, grad in enumerate(grads):
+            if grad is None:
+                continue
+            with without_autocast(grad):
+                rows = rows_of(grad)
+                if needed[1]:
+                    weight = weights[i] if ctx.transposed else weights[i].t()
+                    if grad_input is None:
+                        grad_input = product(grad, weight)
+                    else:
+                        product(rows, weight, onto=rows_of(grad_input))
+                if needed[2 + count + i]:
+                    grad_biases[i] = rows.sum(0)
+                if needed[2 + 2 * count + i]:
+                    read = rows_of(input_of(first, second)) if read is None else read
+                    factors = (read, rows) if ctx.transposed else (rows, read)
+                    values = sampled_grad_of_layer(*factors, *indices[2 * i : 2 * i + 2])
+                    dtype = ctx.values_dtypes[i]
+                    grad_values[i] = values if values.dtype == dtype else values.to(dtype)
+        nothing = [None] * count
+        return None, grad_input, *nothing, *grad_biases, *grad_values, *nothing, *nothing

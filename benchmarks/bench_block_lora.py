@@ -13,10 +13,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conftest import SHARE_OF_BAR, Comparison
+from conftest import SHARE_OF_BAR, Comparison, copy_bandwidth
 from partune import ops
 from partune.nn import BlockLoRALinear
 
+FORWARD = torch.ops.partune.block_lora_.default
+BACKWARD = torch.ops.partune.block_lora_backward_.default
 # tokens, in, out; and the most that adapters may take of a frozen step.
 SHAPES = {(2048, 1024, 1024): 1.10, (2048, 1024, 4096): 1.10, (512, 4096, 4096): 1.05}
 DTYPES = [torch.float32, torch.bfloat16]
@@ -101,3 +103,37 @@ def test_with_dropout(report, note, request, shape, dtype) -> None:
     comparison = Layer(shape, dtype, 16, DROPOUT).compare(rounds=11)
     overheads(note, request.node.name, comparison)
     report(comparison, {PEFT: 1.3 if HAS_BARS else 0.0}, rounds=1)
+
+
+@on_shapes
+@on_dtypes
+def test_adapters_alone(report, shape, dtype) -> None:
+    """The two native ops, without a frozen product, beside torch's thin ones in the input's dtype.
+
+    A rank-16 plain LoRA; what torch's take is the least that a LoRA in plain torch can add.
+    """
+    tokens, features, out = shape
+    x, y, grad = (torch.randn(tokens, n).to(dtype) for n in (features, out, out))
+    grad_input = torch.randn(tokens, features).to(dtype)
+    downs, ups = [torch.randn(16, features)], [torch.randn(out, 16)]
+    grad_downs, grad_ups = [torch.empty_like(downs[0])], [torch.empty_like(ups[0])]
+    options = {"scales": [1.0], "share": "input", "dropout": 0.0, "seed": None, "step": None}
+    down, up = downs[0].to(dtype), ups[0].to(dtype)
+
+    def ours() -> None:
+        hidden = FORWARD([y], x, downs, ups, layer_id=0, **options)
+        BACKWARD(
+            grad_input, grad_downs, grad_ups, [grad], x, hidden, downs, ups,
+            layer_id=0, accumulate=True, **options,
+        )  # fmt: skip
+
+    def torchs() -> tuple[Tensor, Tensor]:
+        hidden = x @ down.T
+        y.addmm_(hidden, up.T)
+        grad_hidden = grad @ up
+        grad_input.addmm_(grad_hidden, down)
+        return grad_hidden.T @ x, grad.T @ hidden
+
+    comparison = Comparison({"ours": ours, "torch": torchs, "copy": copy_bandwidth()}, rounds=11)
+    numbers = 2 * x.numel() + 3 * y.numel() + 2 * grad_input.numel()
+    report(comparison, {"torch": 0.0}, numbers * x.element_size())

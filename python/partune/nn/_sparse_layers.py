@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from partune.nn._layers import Adapters
 from partune.nn._sparse_entries import SparseEntries
 from partune.nn._sparse_groups import KEY, leave, output
-from partune.nn._sparse_writing import WrittenLayer, is_watched, unwatch, watch
+from partune.nn._sparse_writing import WATCHED, WrittenLayer, is_watched, unwatch, watch
 from partune.nn._targets import is_conv1d
 from partune.ops import gather_csr
 from partune.ops._checks import FLOATING
@@ -19,6 +19,8 @@ from partune.ops.sparse_linear import sparse_linears
 from partune.selection import GradientMagnitude, Selection
 from partune.selection.budget import DEFAULT_DENSITY, Layout, check_budget, settle_budget
 from partune.selection.protocol import observes
+
+_OWN_ALONE = (KEY, WATCHED)  # of a layer's attributes, what copies don't take over
 
 
 class SparseLayer(WrittenLayer):
@@ -41,7 +43,7 @@ class SparseLayer(WrittenLayer):
             self.adapter.take_out_(self.weight)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != KEY}
+        return {name: value for name, value in self.__dict__.items() if name not in _OWN_ALONE}
 
     def __setstate__(self, state: Any) -> None:
         """Copies and pickles have values of their own."""

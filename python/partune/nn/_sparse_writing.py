@@ -27,6 +27,7 @@ class WrittenLayer(AdaptedLayer):
 
 _layers: Any = WeakTensorKeyDictionary()  # by values: the layers whose weights hold them
 _hook: RemovableHandle | None = None
+WATCHED = "watched_values"  # in a layer's `__dict__`, not among its parameters
 
 
 def watch(layer: WrittenLayer) -> None:
@@ -38,19 +39,19 @@ def watch(layer: WrittenLayer) -> None:
     if values not in _layers:
         _layers[values] = weakref.WeakSet()
     _layers[values].add(layer)
-    layer.__dict__["watched_values"] = values  # no parameter of the layer's own
+    layer.__dict__[WATCHED] = values
 
 
 def unwatch(layer: WrittenLayer) -> None:
     watching = _layers.get(layer.adapter.values)
     if watching is not None:
         watching.discard(layer)
-    layer.__dict__.pop("watched_values", None)
+    layer.__dict__.pop(WATCHED, None)
 
 
 def is_watched(layer: WrittenLayer, values: Tensor) -> bool:
     """Whether optimizers that step these values will write them into the layer's weight."""
-    return layer.__dict__.get("watched_values") is values
+    return layer.__dict__.get(WATCHED) is values
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -58,9 +59,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         return
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     layers = [layer for parameter in parameters for layer in _layers.get(parameter, ())]
-    weights = {
-        (layer.adapter, id(layer.weight)): layer.weight for layer in layers
-    }  # tied ones once
+    weights = {(layer.adapter, id(layer.weight)): layer.weight for layer in layers}  # each once
     write_all_((entries, weight) for (entries, _), weight in weights.items())
     regroup(layers)
 

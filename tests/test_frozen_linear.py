@@ -15,8 +15,10 @@ from nn_models import torchs_products
 from partune import _native
 from partune.nn import (
     BlockLoRAConfig,
+    BlockLoRALinear,
     ScaleShiftConfig,
     SparseConfig,
+    SparseLinear,
     attach,
     detach,
     disable_adapter,
@@ -24,6 +26,7 @@ from partune.nn import (
 )
 from partune.nn._layers import FrozenLinear
 from partune.ops import frozen_linear
+from partune.ops._contract import below_autograd
 from partune.ops.frozen_linear import product
 from partune.selection import Magnitude
 
@@ -89,10 +92,24 @@ def test_any_strides(library, input_kind, weight_kind, dtype):
 )
 def test_leading_dimensions(library, shape):
     x, weight = torch.randn(shape), torch.randn(10, 17)
-    output = product(x, weight)
+    with below_autograd():
+        output = product(x, weight)
     assert output.shape == (*shape[:-1], 10)
-    assert not output._is_view()  # what follows writes into it
+    assert not output._is_view()
     close(output, x @ weight.t())
+
+
+def test_what_follows_may_write_into_the_output(library):
+    x, weight = torch.randn(2, 8, 17, requires_grad=True), torch.randn(10, 17)
+    for run in (frozen_linear, F.linear):
+        run(x, weight).mul_(2.0).sum().backward()
+    close(x.grad, 4.0 * weight.sum(0).expand_as(x))
+    sparse = SparseLinear(17, 10, selection=Magnitude())
+    lora = BlockLoRALinear(17, 10, rank=2, blocks=1)
+    for layer in (sparse, lora):
+        x.grad = None
+        layer(x).mul_(2.0).sum().backward()
+        close(x.grad, 2.0 * layer.weight.detach().sum(0).expand_as(x))
 
 
 def test_no_features(library):

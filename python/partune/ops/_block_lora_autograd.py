@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from partune.ops._autocast import without_autocast
-from partune.ops._contract import OPS
+from partune.ops._contract import OPS, below_autograd
 from partune.ops._saved_input import input_of, saved_of
 from partune.ops.frozen_linear import in_shape_of, product, rows_of
 
@@ -44,7 +44,7 @@ def _backward(
     grad_downs = [torch.empty_like(down) for down in downs] if trained[0] else []
     grad_ups = [torch.empty_like(up) for up in ups] if trained[1] else []
     if grad_input is not None or trained[0] or trained[1]:
-        OPS["block_lora_backward_"].run_on_fresh(
+        OPS["block_lora_backward_"].overload(
             grad_input, grad_downs, grad_ups,
             grads, _rows(input_of(first, second)), hidden, downs, ups,
             seed=seed, step=step, accumulate=accumulate, **ctx.options,
@@ -74,14 +74,15 @@ class BlockLoRALinear(torch.autograd.Function):
         count = len(scales)
         weights, biases = tensors[:count], tensors[count : 2 * count]
         downs, ups = tensors[2 * count : 3 * count], tensors[3 * count :]
-        rows = _rows(input)
-        outputs = [
-            product(rows, weight, bias) for weight, bias in zip(weights, biases, strict=True)
-        ]
         ctx.options = {"scales": scales, "share": share, "dropout": dropout, "layer_id": layer_id}
-        hidden = OPS["block_lora_"].run_on_fresh(
-            outputs, rows, list(downs), list(ups), seed=seed, step=step, **ctx.options
-        )
+        with below_autograd():
+            rows = _rows(input)
+            outputs = [
+                product(rows, weight, bias) for weight, bias in zip(weights, biases, strict=True)
+            ]
+            hidden = OPS["block_lora_"].overload(
+                outputs, rows, list(downs), list(ups), seed=seed, step=step, **ctx.options
+            )
         kept = weights if ctx.needs_input_grad[0] else [None] * count
         ctx.save_for_backward(*saved_of(input), hidden, seed, step, *downs, *ups, *kept)
         return tuple(in_shape_of(input, output) for output in outputs)
@@ -95,8 +96,8 @@ class BlockLoRALinear(torch.autograd.Function):
         needed = ctx.needs_input_grad
         needs_down = any(needed[7 + 2 * count : 7 + 3 * count])
         needs_up = any(needed[7 + 3 * count :])
-        rows = [_rows(grad) for grad in grads]
-        with without_autocast(rows[0]):
+        with below_autograd(), without_autocast(grads[0]):
+            rows = [_rows(grad) for grad in grads]
             grad_input = None
             if needed[0]:
                 for grad, weight in zip(rows, weights, strict=True):
@@ -160,9 +161,10 @@ class BlockLoRA(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_input = torch.empty_like(saved[0], memory_format=torch.contiguous_format)
         grad_rows = None if grad_input is None else _rows(grad_input)
-        grad_downs, grad_ups = _backward(
-            ctx, [_rows(grad) for grad in grads], grad_rows, False, saved, (needs_down, needs_up)
-        )
+        with below_autograd():
+            grad_downs, grad_ups = _backward(
+                ctx, [_rows(g) for g in grads], grad_rows, False, saved, (needs_down, needs_up)
+            )
         return (
             grad_input, None, None, None, None, None, None, None,
             *grads, *grad_downs, *grad_ups,

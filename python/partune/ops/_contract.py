@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -34,18 +35,22 @@ class Op:
         """The dispatcher's op, without the wrapper's checks."""
         return getattr(getattr(torch.ops, NAMESPACE), self.name).default  # type: ignore[no-any-return]
 
-    def run_on_fresh(self, *args: Any, **kwargs: Any) -> Any:
-        """Run a mutating op, without autograd, on tensors that the caller made just before.
-
-        Their versions need no bump, whose way through Python is half of a small call's time.
-        """
-        if torch.compiler.is_compiling() or torch.compiler.is_exporting():
-            return self.overload(*args, **kwargs)
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            return self.overload(*args, **kwargs)
-
 
 OPS: dict[str, Op] = {}
+
+
+def below_autograd() -> AbstractContextManager[Any]:
+    """In a node's forward or backward: run ops, mutating ones on tensors made there, untracked.
+
+    Versions of tensors that nobody has seen need no bump, whose way through Python is half of a
+    small call's time, and every op is dispatched through two layers less. A view that is made here
+    is none to autograd. Tracers see through to the ops anyway.
+    """
+    if torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        return nullcontext()
+    return torch._C._AutoDispatchBelowADInplaceOrView()
+
+
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from partune import _native
 from partune.ops._autocast import autocast_is_on
+from partune.ops._contract import below_autograd
 
 # With fewer rows to multiply, setting up oneDNN's product takes longer than it saves (measured).
 _LEAST_ROWS = 8
@@ -56,7 +57,7 @@ def frozen_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
 def product(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, *, onto: Tensor | None = None
 ) -> Tensor:
-    """x Wᵀ + b, or x Wᵀ added to `onto`, which it returns; autograd doesn't see through it.
+    """x Wᵀ + b, or x Wᵀ added to `onto`, which it returns; to be called `below_autograd`.
 
     Args:
         input: [..., in]; a matrix beside `onto`.
@@ -90,13 +91,9 @@ def in_shape_of(input: Tensor, rows: Tensor) -> Tensor:
 
 
 def _product_by_onednn(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    multiply = _onednn()
     if bias is not None:
         bias = bias.contiguous()  # it reads no strides of a bias
-    if input.dim() == 2:
-        return multiply(input, weight, bias, "none", [], "")  # type: ignore[no-any-return]
-    with torch._C._AutoDispatchBelowADInplaceOrView():  # no view to autograd: as `in_shape_of`
-        return multiply(input, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+    return _onednn()(input, weight, bias, "none", [], "")  # type: ignore[no-any-return]
 
 
 @cache
@@ -143,7 +140,8 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
-        return _product_by_onednn(input, weight, bias)
+        with below_autograd():
+            return _product_by_onednn(input, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

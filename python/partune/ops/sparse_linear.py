@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from partune.ops._autocast import autocast_dtype, without_autocast
+from partune.ops._contract import below_autograd
 from partune.ops._saved_input import input_of, saved_of
 from partune.ops.csr import Csr
 from partune.ops.frozen_linear import product, rows_of
@@ -103,10 +104,11 @@ class _SparseLinears(torch.autograd.Function):
         trains = any(ctx.needs_input_grad[2 + 2 * count : 2 + 3 * count])
         read = saved_of(input) if trains else (None, None)
         ctx.save_for_backward(*read, *weights, *tensors[3 * count :])
-        return tuple(
-            product(input, weight.t() if transposed else weight, bias)
-            for weight, bias in zip(weights, biases, strict=True)
-        )
+        with below_autograd():
+            return tuple(
+                product(input, weight.t() if transposed else weight, bias)
+                for weight, bias in zip(weights, biases, strict=True)
+            )
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -124,7 +126,7 @@ class _SparseLinears(torch.autograd.Function):
         for i, grad in enumerate(grads):
             if grad is None:
                 continue
-            with without_autocast(grad):
+            with below_autograd(), without_autocast(grad):
                 rows = rows_of(grad)
                 if needed[1]:
                     weight = weights[i] if ctx.transposed else weights[i].t()

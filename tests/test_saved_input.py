@@ -98,9 +98,9 @@ def test_checkpointing_and_offloading(kind: str) -> None:
 def test_hooks_get_the_input_itself_and_are_asked_for_nothing() -> None:
     packed: list[Tensor] = []
     asked: list[Tensor] = []
+    products: list[Tensor] = []
     model = mlp("sparse")
     model.through = lambda product: (products.append(product), model.down(product))[1]
-    products: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: (packed.append(t), t)[1], lambda t: (asked.append(t), t)[1]
     ):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,29 +19,21 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from partune.ops._autocast import autocast_dtype
 
+if TYPE_CHECKING:
+    from partune.nn._sparse_layers import SparseLayer
 
-class Member(Protocol):
-    """A layer; what it knows of its group is in its `__dict__`, which it doesn't pickle."""
-
-    transposed: bool
-    __dict__: dict[str, Any]
-
-    def compute(self, members: Sequence[Any], input: Tensor) -> tuple[Tensor, ...]:
-        """The outputs of some layers, itself among them, for an input that they share."""
-        ...
-
-
-# By this name a layer has its group, None if it has none, or the layers seen with its input so far.
+# In a layer's `__dict__`, and in no copy's: its group, None if it has none, or the layers that were
+# seen with its input so far.
 KEY = "reads_with"
 
 _readers: Any = WeakTensorKeyDictionary()
 
 
-def output(layer: Member, input: Tensor) -> Tensor:
+def output_of(layer: SparseLayer, input: Tensor) -> Tensor:
     """A layer's output, in a forward that autograd follows."""
     group = layer.__dict__.get(KEY, ())
     if isinstance(group, Group):
-        return group.output(layer, input)
+        return group.output_of(layer, input)
     if group is not None:
         seen = _readers.get(input)
         if seen is None or any(reference() is layer for reference in seen):
@@ -52,7 +44,7 @@ def output(layer: Member, input: Tensor) -> Tensor:
     return alone
 
 
-def regroup(layers: Iterable[Member]) -> None:
+def regroup(layers: Iterable[SparseLayer]) -> None:
     """At a step of the optimizer: form the groups that were seen, give up those that failed."""
     for layer in layers:
         group = layer.__dict__.get(KEY, ())
@@ -73,7 +65,7 @@ def regroup(layers: Iterable[Member]) -> None:
                 layer.__dict__[KEY] = None
 
 
-def leave(layer: Member) -> None:
+def leave(layer: SparseLayer) -> None:
     """Before a layer computes something else: its group ends, and may be formed anew."""
     group = layer.__dict__.pop(KEY, None)
     if isinstance(group, Group):
@@ -84,16 +76,16 @@ def leave(layer: Member) -> None:
 class Group:
     """Layers in the order of their calls."""
 
-    def __init__(self, members: Sequence[Any]) -> None:
+    def __init__(self, members: Sequence[SparseLayer]) -> None:
         self.members = members
         self.failed = False  # its layers aren't always called together
         self.input: Tensor | None = None
         self.state: tuple[int, torch.dtype | None] = (0, None)  # its version, and autocast's dtype
-        self.outputs: dict[Any, Tensor] = {}  # of that input, which weren't asked for yet
+        self.outputs: dict[SparseLayer, Tensor] = {}  # of that input, which weren't asked for yet
         for member in members:
             member.__dict__[KEY] = self
 
-    def output(self, layer: Member, input: Tensor) -> Tensor:
+    def output_of(self, layer: SparseLayer, input: Tensor) -> Tensor:
         state = input._version, autocast_dtype(input)
         if self.input is input and self.state == state and layer in self.outputs:
             output = self.outputs.pop(layer)
@@ -118,6 +110,6 @@ class Group:
             member.__dict__[KEY] = None
 
 
-def _is_prepared(layer: Any) -> bool:
+def _is_prepared(layer: SparseLayer) -> bool:
     """Whether something happens before a layer's own forward, such as fetching its weight."""
     return bool(layer._forward_pre_hooks) or "forward" in layer.__dict__

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from partune.nn._layers import Adapters
 from partune.nn._sparse_entries import SparseEntries
-from partune.nn._sparse_groups import KEY, leave, output
+from partune.nn._sparse_groups import KEY, leave, output_of
 from partune.nn._sparse_writing import WATCHED, WrittenLayer, is_watched, unwatch, watch
 from partune.nn._targets import is_conv1d
 from partune.ops import gather_csr
@@ -52,7 +52,7 @@ class SparseLayer(WrittenLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return output(self, input)
+            return output_of(self, input)
         return self.compute([self], input)[0]
 
     def compute(self, members: Sequence[SparseLayer], input: Tensor) -> tuple[Tensor, ...]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from partune.ops import block_lora
-from partune.ops.block_lora import block_lora_linear_of_layer
+from partune.ops.block_lora import block_lora_linear_of_layers
 
 RANK = 8
 BLOCKS = 2
@@ -63,10 +63,11 @@ class LowRank(nn.Module):
             output: Tensor = self(input, F.linear(input, weight, bias), reuse=True)
             return output
         down, up = self._factors_for(input)
-        return block_lora_linear_of_layer(
-            input, weight, bias, down, up, scale=self.scale, share=self.share,
+        (output,) = block_lora_linear_of_layers(
+            input, [weight], [bias], [down], [up], scales=[self.scale], share=self.share,
             dropout=self._dropout(),
         )  # fmt: skip
+        return output
 
     def _factors_for(self, input: Tensor) -> tuple[Tensor, Tensor]:
         if input.dim() == 0 or input.shape[-1] != self.in_features:

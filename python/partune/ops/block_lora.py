@@ -83,6 +83,31 @@ def block_lora_linear(
     """
     check_adapters(input, downs, ups, scales, share)
     check_linears(weights, biases, input, ups)
+    check_dropout(input.device, dropout, seed, step, layer_id)
+    return block_lora_linear_of_layers(
+        input, weights, biases, downs, ups,
+        scales=scales, share=share, dropout=dropout, seed=seed, step=step, layer_id=layer_id,
+    )  # fmt: skip
+
+
+def block_lora_linear_of_layers(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    downs: Sequence[Tensor],
+    ups: Sequence[Tensor],
+    *,
+    scales: Sequence[float],
+    share: str,
+    dropout: float,
+    seed: Tensor | None = None,
+    step: Tensor | None = None,
+    layer_id: int = 0,
+) -> list[Tensor]:
+    """`block_lora_linear` of what layers have checked; the native ops check what they must.
+
+    After a product has emptied the caches, checks in Python take longer than the small products.
+    """
     dtype = autocast_dtype(input)
     if dtype is not None:
         input = input.to(dtype)
@@ -90,42 +115,11 @@ def block_lora_linear(
         biases = [None if bias is None else bias.to(dtype) for bias in biases]
     for name, values in (("weights", weights), ("biases", biases)):
         _check_dtypes(name, values, input)
-    check_dropout(input.device, dropout, seed, step, layer_id)
     outputs = autograd.BlockLoRALinear.apply(  # type: ignore[no-untyped-call]
         input, *_draws_from(input, dropout, seed, step), tuple(scales), share, dropout, layer_id,
         *weights, *biases, *_computing(input, downs), *_computing(input, ups),
     )  # fmt: skip
     return list(outputs)
-
-
-def block_lora_linear_of_layer(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    down: Tensor,
-    up: Tensor,
-    *,
-    scale: float,
-    share: str,
-    dropout: float,
-) -> Tensor:
-    """`block_lora_linear` of what a layer holds and has checked; native code checks what it must.
-
-    After a product has emptied the caches, checks in Python take longer than the small products.
-    """
-    dtype = autocast_dtype(input)
-    if dtype is not None:
-        input, weight = input.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    if input.dtype is not weight.dtype:
-        raise TypeError(
-            f"input: got dtype {input.dtype} beside a weight of {weight.dtype}, want one dtype"
-        )
-    (output,) = autograd.BlockLoRALinear.apply(  # type: ignore[no-untyped-call]
-        input, *_draws_from(input, dropout, None, None), (scale,), share, dropout, 0,
-        weight, bias, *_computing(input, (down, up)),
-    )  # fmt: skip
-    return output  # type: ignore[no-any-return]
 
 
 def block_lora(

@@ -113,10 +113,9 @@ def sampled_grad_of_layer(
 ) -> Tensor:
     """`sampled_grad` of what a layer has checked, to be called `below_autograd`.
 
-    The native op checks what it can't do without.
-
-    Python's checks, and the version of values that nobody else has seen, took 60 of the 260 µs of a
-    call that computed next to nothing, after a product had emptied the caches (measured).
+    The native op checks what it can't do without. Python's checks, and the version of values that
+    nobody else has seen, took 60 of the 260 µs of a call that computed next to nothing, after a
+    product had emptied the caches (measured).
     """
     grad, input = _rows_contiguous(grad), _rows_contiguous(input)
     values = torch.zeros(col_indices.shape, dtype=_wide(grad), device=grad.device)

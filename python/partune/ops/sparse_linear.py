@@ -99,6 +99,7 @@ class _SparseLinears(torch.autograd.Function):
         count = len(tensors) // 5
         weights, biases, values = (tensors[i * count : (i + 1) * count] for i in range(3))
         ctx.transposed = transposed
+        ctx.input_shape = input.shape
         ctx.values_dtypes = [value.dtype for value in values]
         ctx.set_materialize_grads(False)
         trains = any(ctx.needs_input_grad[2 + 2 * count : 2 + 3 * count])
@@ -119,21 +120,17 @@ class _SparseLinears(torch.autograd.Function):
         count, needed = len(grads), ctx.needs_input_grad
         first, second, *saved = ctx.saved_tensors
         weights, indices = saved[:count], saved[count:]
-        grad_input: Tensor | None = None
+        nothing: list[Tensor | None] = [None] * count
+        grad_input, grad_biases, grad_values = None, nothing.copy(), nothing.copy()
         read: Tensor | None = None  # as rows
-        grad_biases: list[Tensor | None] = [None] * count
-        grad_values: list[Tensor | None] = [None] * count
-        for i, grad in enumerate(grads):
-            if grad is None:
-                continue
-            with below_autograd(), without_autocast(grad):
+        with below_autograd(), without_autocast(weights[0]):
+            for i, grad in enumerate(grads):
+                if grad is None:
+                    continue
                 rows = rows_of(grad)
                 if needed[1]:
                     weight = weights[i] if ctx.transposed else weights[i].t()
-                    if grad_input is None:
-                        grad_input = product(grad, weight)
-                    else:
-                        product(rows, weight, onto=rows_of(grad_input))
+                    grad_input = product(rows, weight, onto=grad_input)
                 if needed[2 + count + i]:
                     grad_biases[i] = rows.sum(0)
                 if needed[2 + 2 * count + i]:
@@ -142,5 +139,6 @@ class _SparseLinears(torch.autograd.Function):
                     values = sampled_grad_of_layer(*factors, *indices[2 * i : 2 * i + 2])
                     dtype = ctx.values_dtypes[i]
                     grad_values[i] = values if values.dtype == dtype else values.to(dtype)
-        nothing = [None] * count
+            if grad_input is not None:
+                grad_input = grad_input.view(ctx.input_shape)
         return None, grad_input, *nothing, *grad_biases, *grad_values, *nothing, *nothing

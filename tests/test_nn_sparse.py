@@ -374,7 +374,7 @@ def test_what_the_weight_held_may_have_another_dtype():
     entries = layer.adapter
     with torch.no_grad():
         entries.values.zero_()
-    layer.write_back_()
+    write_back_(layer)
     for dtype in (torch.bfloat16, torch.float64):
         entries.original = before[mask_of(entries)].to(dtype)
         entries.take_out_(layer.weight)

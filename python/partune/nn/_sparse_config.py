@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -14,22 +15,33 @@ from partune import selection as selections
 from partune.nn._layers import TrainedCopy, base_modules
 from partune.nn._registry import AdapterConfig, Placement
 from partune.nn._sparse_entries import SparseEntries
-from partune.nn._sparse_layers import check_selection, check_weight, entries_of, layer_for, settled
+from partune.nn._sparse_experts import SparseExperts, is_experts
+from partune.nn._sparse_layers import (
+    SparseConv1D,
+    SparseLinear,
+    check_selection,
+    check_weight,
+    entries_of,
+    settled,
+)
+from partune.nn._sparse_writing import Parts, WrittenLayer
 from partune.nn._targets import (
     PROJECTIONS_OUT,
     Rules,
     check_names,
     head_names,
+    is_conv1d,
     target_names,
     trained_layers,
 )
 from partune.selection import PrincipalWeights, Proposal, Selection
-from partune.selection.budget import DEFAULT_DENSITY
+from partune.selection.budget import DEFAULT_DENSITY, Block
 from partune.selection.protocol import State, describe
 
 _RULES = Rules(
     "sparse training",
-    "an nn.Linear or GPT-2's Conv1D (partune.optim.SparseAdamW takes stacked experts and others)",
+    "an nn.Linear, GPT-2's Conv1D or stacked experts as transformers' experts interface has them "
+    "(partune.optim.SparseAdamW takes others)",
     lambda module: layer_for(module) is not None,
     re.compile(rf"(.*\.)?({PROJECTIONS_OUT})"),
 )
@@ -42,16 +54,21 @@ class SparseConfig(AdapterConfig):
 
     The layer route: the gradient of the selected entries is formed alone, the dense one never, so
     that a step costs little more than forward and the inputs' gradients. Any optimizer takes the
-    parameters, one vector `values` per matrix; `refresh` selects anew. Takes `nn.Linear` and
-    transformers' Conv1D. Weights that several layers share have one selection.
+    parameters, one vector `values` per weight; `refresh` selects anew. Takes `nn.Linear`,
+    transformers' Conv1D, and the stacked experts of its mixtures of experts (Mixtral, Qwen-MoE,
+    DeepSeek, gpt-oss and others), of which each is a matrix of its own. Weights that several layers
+    share have one selection.
 
     Args:
         selection: which entries of each matrix, see `partune.selection`; by the weights alone.
         density: the share of each matrix, k = floor(density·out·in).
         budget_rank: instead, as many entries as a LoRA of this rank has parameters.
+        block: rows and columns of what is selected as one, see `partune.selection.topk_csr`; k is
+            that of whole blocks, which have to divide every matrix. Of rows and columns divisible
+            by 4 the gradient takes less time.
         target_modules: names of modules, each matched as a suffix ("attn.q_proj"), or one regular
-            expression that has to match a whole name. None: all linear layers but the head,
-            projections out of the model and poolers.
+            expression that has to match a whole name. None: all linear layers and
+            experts but the head, projections out of the model and poolers.
         modules_to_save: suffixes of the modules that are trained whole, () for none. None: the head
             by its usual names (classifier, head, fc, score), where there is one. Each adapter
             trains a copy of its own.
@@ -76,12 +93,13 @@ class SparseConfig(AdapterConfig):
     selection: Selection = field(default_factory=PrincipalWeights)
     density: float | None = DEFAULT_DENSITY
     budget_rank: int | None = None
+    block: Block = (1, 1)
     target_modules: str | Sequence[str] | None = None
     modules_to_save: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         check_selection(self.selection)
-        settled(self.density, self.budget_rank)
+        settled(self.density, self.budget_rank, self.block)
         check_names("modules_to_save", self.modules_to_save)
 
     def plan(self, model: nn.Module) -> Mapping[str, Placement]:
@@ -89,32 +107,35 @@ class SparseConfig(AdapterConfig):
         plan = self.plan_to_fill(model)
         selected: set[SparseEntries] = set()
         for name, placement in plan.items():
-            entries = placement.adapter
-            if isinstance(entries, SparseEntries) and entries not in selected:
-                selected.add(entries)
-                try:
-                    entries.select_(_weight(model, name))
-                except ValueError as error:
-                    raise ValueError(f"{name}: {error}") from None
+            for entries, weight in _parts(model, name, placement).values():
+                if entries not in selected:
+                    selected.add(entries)
+                    with _named(name):
+                        entries.select_(weight)
         return plan
 
     def plan_to_fill(self, model: nn.Module) -> Mapping[str, Placement]:
         heads = head_names(model, self.modules_to_save)
         names = target_names(model, self.target_modules, heads, _RULES)
         for name in names:
-            check_weight(name, _weight(model, name))
+            for weight in _weights(model, name).values():
+                check_weight(name, weight)
         _refuse_shared(model, names)
-        budget = settled(self.density, self.budget_rank)
+        budget = settled(self.density, self.budget_rank, self.block)
         of_weight: dict[Tensor, SparseEntries] = {}
+        matrices = 0
         plan: dict[str, Placement] = {}
         for name in names:
-            layer, weight = layer_for(model.get_submodule(name)), _weight(model, name)
-            assert layer is not None
-            if weight not in of_weight:
-                k = entries_of(weight, budget)
-                of_weight[weight] = SparseEntries(weight, k, self.selection, len(of_weight))
-            plan[name] = Placement(layer, of_weight[weight])
-        _warn({name: _share(placement) for name, placement in plan.items()})
+            weights = _weights(model, name)
+            for weight in weights.values():
+                if weight not in of_weight:
+                    with _named(name):
+                        of_weight[weight] = entries_of(weight, self.selection, budget, matrices)
+                    matrices += of_weight[weight].slices
+            layer = _layer_for(model, name)
+            entries = {prefix: of_weight[weight] for prefix, weight in weights.items()}
+            plan[name] = Placement(layer, layer.adapter_of(entries))
+        _warn({name: _share(_parts(model, name, placement)) for name, placement in plan.items()})
         for name in dict.fromkeys(trained_layers(model, heads)):
             plan[name] = Placement(TrainedCopy, TrainedCopy.of(model.get_submodule(name)))
         return plan
@@ -124,13 +145,18 @@ class SparseConfig(AdapterConfig):
             "selection": describe(self.selection),
             "density": self.density,
             "budget_rank": self.budget_rank,
+            "block": self.block,
             "target_modules": self.target_modules,
             "modules_to_save": self.modules_to_save,
         }
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> SparseConfig:
-        return cls(**{**options, "selection": _from_description(options["selection"])})
+        selection, block = (
+            _from_description(options["selection"]),
+            tuple(options.get("block", (1, 1))),
+        )
+        return cls(**{**options, "selection": selection, "block": block})
 
 
 @dataclass(frozen=True)
@@ -155,15 +181,45 @@ def _from_description(description: Mapping[str, Any]) -> Selection:
     return _Unknown(description["type"])
 
 
-def _weight(model: nn.Module, name: str) -> Tensor:
-    weight = model.get_submodule(name).weight
-    assert isinstance(weight, Tensor)
-    return weight
+def layer_for(module: nn.Module) -> type[WrittenLayer] | None:
+    """What a module becomes; None where it computes neither x Wᵀ + b itself nor stacked experts."""
+    if is_conv1d(module):
+        return SparseConv1D
+    if is_experts(module):
+        return SparseExperts
+    plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    return SparseLinear if plain else None
+
+
+def _layer_for(model: nn.Module, name: str) -> type[WrittenLayer]:
+    layer = layer_for(model.get_submodule(name))
+    assert layer is not None
+    return layer
+
+
+def _weights(model: nn.Module, name: str) -> dict[str, Tensor]:
+    return _layer_for(model, name).weights_of(model.get_submodule(name))
+
+
+def _parts(model: nn.Module, name: str, placement: Placement) -> Parts:
+    """The entries of a placement and their weights; none of the head's."""
+    if not issubclass(placement.layer, WrittenLayer) or placement.adapter is None:
+        return {}
+    return placement.layer.parts_of(model.get_submodule(name), placement.adapter)
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Say in an error which module it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def _refuse_shared(model: nn.Module, names: Sequence[str]) -> None:
     """Weights that a module of another kind reads, whose part of the gradient would be missed."""
-    weights = {_weight(model, name): name for name in names}
+    weights = {w: name for name in names for w in _weights(model, name).values()}
     targets = set(names)
     for name, module in base_modules(model):
         for parameter in module.parameters(recurse=False):
@@ -175,10 +231,9 @@ def _refuse_shared(model: nn.Module, names: Sequence[str]) -> None:
                 )
 
 
-def _share(placement: Placement) -> float:
-    entries = placement.adapter
-    assert isinstance(entries, SparseEntries)
-    return entries.share
+def _share(parts: Parts) -> float:
+    """Of a layer's weights, that is selected; the same of each but for rounding."""
+    return min(entries.share for entries, _ in parts.values())
 
 
 def _warn(shares: Mapping[str, float]) -> None:

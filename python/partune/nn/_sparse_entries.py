@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from partune import ops
 from partune.ops import gather_csr
 from partune.ops._checks import SIXTEEN_BIT
-from partune.ops.csr import Csr, csr_from_flat, flat_indices, validate_csr
+from partune.ops.csr import Csr, csr_from_flat, flat_indices, validate_blocks, validate_csr
 from partune.selection import Selection
-from partune.selection.budget import Layout
+from partune.selection.budget import Block, Layout
 from partune.selection.choice import Choice, choose, initial_states
 from partune.selection.protocol import State
 
@@ -24,7 +24,10 @@ _TENSORS = (*_ALWAYS, *_TOUCHED, "original", "trained")
 
 
 class SparseEntries(nn.Module):
-    """The selected entries of one matrix: `values` trains, a CSR says where they belong.
+    """The selected entries of one weight: `values` trains, a CSR says where they belong.
+
+    The weight is a matrix, or as many matrices as there are stacked experts, [slices, rows,
+    columns], which the CSR takes as one below the other.
 
     `put_in_` exchanges them for the weight's own, `take_out_` exchanges them back. In between the
     weight holds every entry that was ever selected as it was trained, and `original` what was there
@@ -43,10 +46,14 @@ class SparseEntries(nn.Module):
     original: Tensor | None
     trained: Tensor | None
 
-    def __init__(self, weight: Tensor, k: int, selection: Selection, parameter_id: int = 0) -> None:
+    def __init__(
+        self, weight: Tensor, k: int, selection: Selection, block: Block, parameter_id: int = 0
+    ) -> None:
         super().__init__()
-        rows, self.columns = weight.shape
-        self.selection = selection
+        layout = Layout.of(weight)
+        self.slices, self.columns = layout.slices, layout.columns
+        rows, k = layout.slices * layout.rows, layout.slices * k
+        self.selection, self.block = selection, block
         self.parameter_id = parameter_id
         self.selection_state: list[State] = []
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -83,7 +90,7 @@ class SparseEntries(nn.Module):
         """Whether the weight holds the values: by their version, and in doubt by comparison."""
         if self.values._version != self.written_version:
             with torch.no_grad():
-                held = gather_csr(weight, *self.csr)
+                held = gather_csr(_matrix(weight), *self.csr)
                 if not torch.equal(held, self.values.to(held.dtype)):
                     return False
             self.written_version = self.values._version
@@ -94,7 +101,7 @@ class SparseEntries(nn.Module):
         """Exchange the weight's own entries for the trained ones."""
         self.stays = False
         if not self.in_weight:
-            self.original = gather_csr(weight, *self.touched)
+            self.original = gather_csr(_matrix(weight), *self.touched)
             if self.trained is not None:
                 _scatter_(weight, self.touched, self.trained)
             self.trained = None
@@ -107,7 +114,7 @@ class SparseEntries(nn.Module):
             return
         self.write_(weight)
         if self.touched_col_indices is not None:
-            self.trained = gather_csr(weight, *self.touched)
+            self.trained = gather_csr(_matrix(weight), *self.touched)
         _scatter_(weight, self.touched, self.original)
         self.original = None
 
@@ -120,7 +127,8 @@ class SparseEntries(nn.Module):
             states = initial_states(selection, weight, layout, self.parameter_id)
         for state in states:
             state["step"] = step
-        return choose(selection, weight, None, layout, states, self.values.numel())
+        k = self.values.numel() // self.slices
+        return choose(selection, weight, None, layout, states, k, self.block)
 
     @torch.no_grad()
     def select_(self, weight: Tensor) -> None:
@@ -128,7 +136,7 @@ class SparseEntries(nn.Module):
         choice = self.choose(weight, self.selection, step=1)
         self.crow_indices, self.col_indices = choice.crow_indices, choice.col_indices
         self.selection_state = choice.selection_state
-        self.values.copy_(gather_csr(weight, *self.csr))
+        self.values.copy_(gather_csr(_matrix(weight), *self.csr))
 
     @torch.no_grad()
     def reselect_(self, weight: Tensor, choice: Choice, followers: list[Tensor]) -> int:
@@ -143,9 +151,9 @@ class SparseEntries(nn.Module):
         assert self.original is not None
         old, new = self.csr, (choice.crow_indices, choice.col_indices)
         touched = _union(self.touched, new, self.columns)
-        original = gather_csr(weight, *touched)
+        original = gather_csr(_matrix(weight), *touched)
         ops.remap_([original], [self.original], *self.touched, *touched)
-        values = gather_csr(weight, *new).to(self.values.dtype)
+        values = gather_csr(_matrix(weight), *new).to(self.values.dtype)
         kept = int(ops.remap_([values], [self.values.detach()], *old, *new))
         for follower in followers:
             fresh = torch.zeros_like(follower)
@@ -219,11 +227,18 @@ class SparseEntries(nn.Module):
             if name in tensors:
                 setattr(self, name, torch.empty_like(tensors[name], device=self.values.device))
 
+    def file_tensors(self, weight: Tensor) -> dict[str, Tensor]:
+        """What a file keeps: no original, but what isn't among the values any more."""
+        tensors: dict[str, Tensor] = self.state_dict()
+        if tensors.pop("original", None) is not None and self.touched_col_indices is not None:
+            tensors["trained"] = gather_csr(_matrix(weight.detach()), *self.touched)
+        return tensors
+
     def check(self, tensors: Mapping[str, Tensor]) -> None:
-        """Refuse tensors that can't belong to this matrix.
+        """Refuse tensors that can't belong to this weight.
 
         Raises:
-            TypeError, ValueError: a CSR that isn't one of this matrix, or vectors of other lengths.
+            TypeError, ValueError: a CSR that isn't one of this weight, or vectors of other lengths.
         """
         rows = self.crow_indices.numel() - 1
         selected = tensors["col_indices"]
@@ -232,6 +247,12 @@ class SparseEntries(nn.Module):
             raise ValueError(
                 f"col_indices: got {selected.numel()} entries, want {self.values.numel()}, as the "
                 "config's density or budget_rank has it"
+            )
+        validate_blocks(tensors["crow_indices"], selected, self.block)
+        per_slice = tensors["crow_indices"][:: max(rows // self.slices, 1)].diff()
+        if bool((per_slice != selected.numel() // self.slices).any()):
+            raise ValueError(
+                f"crow_indices: got {per_slice.tolist()} entries, want as many of every matrix"
             )
         refreshed = [name in tensors for name in _TOUCHED]
         if any(refreshed):
@@ -269,7 +290,7 @@ def write_all_(pairs: Iterable[tuple[SparseEntries, Tensor]]) -> None:
         turns[id(weight)] += 1
     for together in calls.values():
         ops.scatter_csr_(
-            [weight for _, weight, _ in together],
+            [_matrix(weight) for _, weight, _ in together],
             [_beside(weight, values) for _, weight, values in together],
             [entries.crow_indices for entries, _, _ in together],
             [entries.col_indices for entries, _, _ in together],
@@ -279,7 +300,12 @@ def write_all_(pairs: Iterable[tuple[SparseEntries, Tensor]]) -> None:
 
 
 def _scatter_(weight: Tensor, csr: Csr, values: Tensor) -> None:
-    ops.scatter_csr_([weight], [_beside(weight, values)], [csr[0]], [csr[1]])
+    ops.scatter_csr_([_matrix(weight)], [_beside(weight, values)], [csr[0]], [csr[1]])
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    """Stacked matrices below one another, to be read and written."""
+    return weight if weight.dim() == 2 else weight.view(-1, weight.shape[-1])
 
 
 def _beside(weight: Tensor, values: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from partune.nn._sparse_entries import SparseEntries
+from partune.nn._sparse_entries import SparseEntries, write_all_
 from partune.nn._sparse_layers import check_selection
-from partune.nn._sparse_writing import write_back_, written_layers
+from partune.nn._sparse_writing import written_weights
 from partune.selection import Selection
 
 
@@ -48,24 +48,24 @@ def refresh(model: nn.Module, optimizer: Optimizer, *, selection: Selection | No
     """
     if selection is not None:
         check_selection(selection)
-    layers = written_layers(model)
-    followers = {entries: _followers(entries, optimizer) for entries in layers}
+    weights = written_weights(model)
+    followers = {entries: _followers(entries, optimizer) for entries in weights}
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if not any(id(entries.values) in trained for entries in layers):
+    if not any(id(entries.values) in trained for entries in weights):
         raise ValueError(
             "optimizer: got one without any of the model's values; want the one that trains them"
         )
-    write_back_(model)
+    write_all_(weights.items())
     choices = {
         entries: entries.choose(
-            layer.weight, selection or entries.selection, _next_step(entries, optimizer)
+            weight, selection or entries.selection, _next_step(entries, optimizer)
         )
-        for entries, layer in layers.items()
+        for entries, weight in weights.items()
     }
     kept = total = 0
     for entries, choice in choices.items():
         entries.selection = selection or entries.selection
-        kept += entries.reselect_(layers[entries].weight, choice, followers[entries])
+        kept += entries.reselect_(weights[entries], choice, followers[entries])
         total += entries.values.numel()
     return kept / max(total, 1)
 

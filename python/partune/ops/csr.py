@@ -54,6 +54,41 @@ def validate_csr(crow_indices: Tensor, col_indices: Tensor, rows: int, columns: 
         )
 
 
+def validate_blocks(crow_indices: Tensor, col_indices: Tensor, block: tuple[int, int]) -> None:
+    """Check that the entries of a valid CSR come as whole blocks, side by side from 0 on.
+
+    Args:
+        block: rows and columns of one.
+
+    Raises:
+        ValueError: entries that don't.
+
+    Example:
+        >>> crow_indices, col_indices = csr_from_mask(torch.ones(2, 4, dtype=torch.bool))
+        >>> validate_blocks(crow_indices, col_indices, (2, 2))
+    """
+    if block == (1, 1) or col_indices.numel() == 0:
+        return
+    lengths, (rows, columns) = crow_indices.diff(), block
+    whole = lengths.numel() % rows == 0 and not bool((lengths % columns != 0).any())
+    if whole:
+        whole = not bool((lengths.view(-1, rows) != lengths[::rows, None]).any())
+    if whole:
+        row = row_indices(crow_indices, col_indices.numel())
+        above = torch.arange(row.numel(), device=row.device) - (
+            crow_indices[row] - crow_indices[row // rows * rows]
+        )  # the same place in a block's first row
+        runs = col_indices.view(-1, columns)
+        follow = runs[:, :1] + torch.arange(columns, dtype=torch.int32, device=runs.device)
+        whole = torch.equal(col_indices[above], col_indices) and torch.equal(runs, follow)
+        whole = whole and not bool((runs[:, 0] % columns != 0).any())
+    if not whole:
+        raise ValueError(
+            f"col_indices: got entries that are no blocks of {rows}x{columns}, want those of a "
+            "selection by blocks"
+        )
+
+
 def row_indices(crow_indices: Tensor, nnz: int | None = None) -> Tensor:
     """The row of every entry, int64 [nnz]; given nnz, without waiting for a device."""
     rows = torch.arange(crow_indices.numel() - 1, device=crow_indices.device)
@@ -98,3 +133,13 @@ def stack_csr(slices: Sequence[Csr]) -> Csr:
         crow_indices.append(crow[1:] + start)
         start += col.numel()
     return torch.cat(crow_indices), torch.cat([col for _, col in slices])
+
+
+def split_csr(crow_indices: Tensor, col_indices: Tensor, slices: int) -> list[Csr]:
+    """The CSRs that `stack_csr` stacked, of as many entries each."""
+    rows = (crow_indices.numel() - 1) // slices
+    cols = col_indices.view(slices, -1).unbind()
+    return [
+        (crow_indices[i * rows : (i + 1) * rows + 1] - i * col.numel(), col)
+        for i, col in enumerate(cols)
+    ]

@@ -12,7 +12,7 @@ from torch import Tensor
 from partune.ops._checks import COLUMN_LIMIT, FLOATING, one_of, without_gaps
 from partune.ops._sparse_adamw_checks import EPS_MODES
 from partune.selection import Selection
-from partune.selection.budget import Layout, check_budget
+from partune.selection.budget import Block, Layout, check_block, check_budget
 
 _COMPACT_LIMIT = 2 / 3  # 12 bytes per selected entry against AdamW's 8 per entry
 _UNSUPPORTED = ("amsgrad", "foreach", "capturable", "differentiable", "fused")
@@ -67,6 +67,7 @@ def _check_selection(group: Mapping[str, Any]) -> None:
             "propose, for example partune.selection.PrincipalWeights(rank=128)"
         )
     check_budget(group["density"], group["budget_rank"])
+    check_block(group["block"])
     interval = group["refresh_interval"]
     if interval is not None and (not isinstance(interval, int) or interval < 0):
         raise ValueError(f"refresh_interval: got {interval!r}, want steps, or None for never")
@@ -91,7 +92,7 @@ def check_parameters(group: Mapping[str, Any], explicit: bool) -> None:
                 "want None"
             )
         if is_selected(parameter, group):
-            _check_matrix(name, parameter)
+            _check_matrix(name, parameter, group["block"])
         else:
             without_gaps(name, parameter)
 
@@ -102,16 +103,21 @@ def _moment_dtypes(parameter: Tensor) -> tuple[torch.dtype, ...]:
     return (torch.float32, torch.bfloat16)
 
 
-def _check_matrix(name: str, parameter: Tensor) -> None:
+def _check_matrix(name: str, parameter: Tensor, block: Block) -> None:
     if parameter.dim() > 2 and not parameter.is_contiguous():
         raise ValueError(
             f"{name}: got strides {parameter.stride()} for shape {tuple(parameter.shape)}, want a "
             "contiguous parameter, or selection=None"
         )
-    if Layout.of(parameter).columns >= COLUMN_LIMIT:
+    layout = Layout.of(parameter)
+    if layout.columns >= COLUMN_LIMIT:
         raise ValueError(
             f"{name}: got shape {tuple(parameter.shape)}, want fewer than 2**31 columns"
         )
+    try:
+        layout.check_divided_by(block)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def warn_about_budget(group: Mapping[str, Any]) -> None:

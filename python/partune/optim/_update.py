@@ -189,8 +189,9 @@ def choose_on_demand(update: Update) -> None:
 
 def _choose(update: Update, grad: Tensor | None, states: list[State]) -> None:
     layout = Layout.of(update.parameter)
-    k = layout.selected_per_slice(update.group)
-    update.choice = choose(update.group["selection"], update.parameter, grad, layout, states, k)
+    k, block = layout.selected_per_slice(update.group), update.group["block"]
+    selection = update.group["selection"]
+    update.choice = choose(selection, update.parameter, grad, layout, states, k, block)
 
 
 def install_choice(update: Update, states: dict[Tensor, dict[str, Any]]) -> None:

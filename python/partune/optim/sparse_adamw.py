@@ -44,6 +44,8 @@ class SparseAdamW(Optimizer):
         selection: which entries, see `partune.selection`; None: all.
         density: the share of each matrix, k = floor(density·rows·columns).
         budget_rank: instead, as many entries as a LoRA of this rank has parameters.
+        block: rows and columns of what is selected as one, see `partune.selection.topk_csr`; it
+            divides every matrix, and k is that of whole blocks.
         refresh_interval: steps between selections; None or 0: select once.
         eps_mode: "corrected" adds eps to the bias-corrected denominator as torch does,
             "uncorrected" to the plain one as LIFT's released code does.
@@ -81,6 +83,7 @@ class SparseAdamW(Optimizer):
         selection: Selection | None,
         density: float | None = DEFAULT_DENSITY,
         budget_rank: int | None = None,
+        block: tuple[int, int] = (1, 1),
         refresh_interval: int | None = 200,
         eps_mode: str = "corrected",
         master_weights: bool | None = None,
@@ -96,10 +99,11 @@ class SparseAdamW(Optimizer):
     ) -> None:
         defaults = dict(
             lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, selection=selection,
-            density=density, budget_rank=budget_rank, refresh_interval=refresh_interval,
-            eps_mode=eps_mode, master_weights=master_weights, state_dtype=state_dtype,
-            maximize=maximize, skip_nonfinite=skip_nonfinite, seed=seed, amsgrad=amsgrad,
-            foreach=foreach, capturable=capturable, differentiable=differentiable, fused=fused,
+            density=density, budget_rank=budget_rank, block=block,
+            refresh_interval=refresh_interval, eps_mode=eps_mode, master_weights=master_weights,
+            state_dtype=state_dtype, maximize=maximize, skip_nonfinite=skip_nonfinite, seed=seed,
+            amsgrad=amsgrad, foreach=foreach, capturable=capturable,
+            differentiable=differentiable, fused=fused,
         )  # fmt: skip
         settle_budget(defaults, {"density": None, "budget_rank": None})
         check_options(defaults)

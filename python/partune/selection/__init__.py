@@ -2,8 +2,9 @@
 
 from partune.selection.half import Half, HalfPlan, HalfReset, half_reset_
 from partune.selection.principal import PrincipalWeights
-from partune.selection.protocol import Factors, Proposal, Scores, Selection, topk_csr
+from partune.selection.protocol import Factors, Proposal, Scores, Selection
 from partune.selection.scores import GradientMagnitude, Magnitude, Movement, Random
+from partune.selection.topk import topk_csr
 
 __all__ = [
     "Factors",

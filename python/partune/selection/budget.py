@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
+
+Block: TypeAlias = tuple[int, int]  # rows and columns that are selected as one
 
 
 class DefaultDensity(float):
@@ -49,10 +51,28 @@ class Layout:
         return value if value.dim() == 2 else value.reshape(-1, self.columns)
 
     def selected_per_slice(self, group: Mapping[str, Any]) -> int:
-        """k: floor(density·rows·columns), or what a LoRA of rank `budget_rank` has, at most all."""
+        """k: floor(density·rows·columns), or what a LoRA of rank `budget_rank` has, at most all.
+
+        Of blocks, as many as are whole.
+        """
         if group["budget_rank"] is not None:
-            return min((self.rows + self.columns) * int(group["budget_rank"]), self.entries)
-        return math.floor(float(group["density"]) * self.entries)
+            k = min((self.rows + self.columns) * int(group["budget_rank"]), self.entries)
+        else:
+            k = math.floor(float(group["density"]) * self.entries)
+        block: Block = group["block"]
+        return k - k % (block[0] * block[1])
+
+    def check_divided_by(self, block: Block) -> None:
+        """Refuse blocks that don't divide a slice.
+
+        Raises:
+            ValueError: rows or columns that blocks don't divide.
+        """
+        if self.rows % block[0] or self.columns % block[1]:
+            raise ValueError(
+                f"block: got {block} for a matrix of {self.rows}x{self.columns}, want rows and "
+                "columns that divide it; leave the matrix out, or select it by other blocks"
+            )
 
 
 def settle_budget(group: dict[str, Any], defaults: Mapping[str, Any]) -> None:
@@ -66,6 +86,15 @@ def settle_budget(group: dict[str, Any], defaults: Mapping[str, Any]) -> None:
         )
     group["density"] = None if budget_rank is not None or density is None else float(density)
     group["budget_rank"] = budget_rank
+
+
+def check_block(block: object) -> None:
+    if not (
+        isinstance(block, tuple)
+        and len(block) == 2
+        and all(type(size) is int and size >= 1 for size in block)
+    ):
+        raise ValueError(f"block: got {block!r}, want rows and columns, such as (4, 4)")
 
 
 def check_budget(density: float | None, budget_rank: int | None) -> None:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from partune.ops.csr import stack_csr
-from partune.selection.budget import Layout
-from partune.selection.protocol import Selection, State, topk_csr
+from partune.selection.budget import Block, Layout
+from partune.selection.protocol import Selection, State
+from partune.selection.topk import topk_csr
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,9 @@ def choose(
     layout: Layout,
     states: list[State],
     k: int,
+    block: Block,
 ) -> Choice:
-    """Select k entries of every slice.
+    """Select k entries of every slice, as blocks.
 
     Raises:
         ValueError: a proposal of another shape than the matrix.
@@ -54,5 +56,5 @@ def choose(
                 f"{type(selection).__name__} proposed scores of shape {tuple(shape)} for a matrix "
                 f"of {tuple(matrix.shape)}"
             )
-        chosen.append(topk_csr(proposal, k))
+        chosen.append(topk_csr(proposal, k, block=block))
     return Choice(*stack_csr(chosen), states)

@@ -1,4 +1,4 @@
-"""What a selection is: it proposes, the core alone turns a proposal into the CSR of the k best."""
+"""What a selection is: it proposes scores, `topk_csr` alone turns them into a CSR."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
-
-from partune import ops
-from partune.ops.csr import Csr
 
 State: TypeAlias = dict[str, Any]
 
@@ -50,6 +47,7 @@ class Selection(Protocol):
 
     Example:
         >>> import torch
+        >>> from partune.selection import topk_csr
         >>> class Diagonal(Selection):
         ...     def propose(self, weight, grad, state):
         ...         return Scores(torch.eye(*weight.shape))
@@ -73,29 +71,6 @@ class Selection(Protocol):
 def observes(selection: Selection) -> bool:
     """Whether the selection looks at every step's gradient."""
     return getattr(type(selection), "observe_", None) is not Selection.observe_
-
-
-def topk_csr(proposal: Proposal, k: int) -> Csr:
-    """Select exactly the k best entries of a proposal; ties go to the lower flat index.
-
-    Returns:
-        crow_indices int64 [rows + 1] and col_indices int32 [k].
-
-    Raises:
-        TypeError: neither Scores nor Factors, or a dtype that the core does not select from.
-        ValueError: a k out of range.
-
-    Example:
-        >>> import torch
-        >>> crow_indices, col_indices = topk_csr(Scores(torch.tensor([[3.0, 1.0, 2.0]])), 2)
-        >>> col_indices
-        tensor([0, 2], dtype=torch.int32)
-    """
-    if isinstance(proposal, Scores):
-        return ops.topk_csr(proposal.values, k, largest=proposal.largest)
-    if isinstance(proposal, Factors):
-        return ops.topk_csr_factors(proposal.left, proposal.right, k)
-    raise TypeError(f"proposal: got {type(proposal).__name__}, want Scores or Factors")
 
 
 def describe(selection: Selection) -> dict[str, Any]:

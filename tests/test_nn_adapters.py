@@ -317,7 +317,11 @@ def test_files_that_are_none(tmp_path):
     path = tmp_path / "a.safetensors"
     with pytest.raises(FileNotFoundError, match=r"a\.safetensors is no file"):
         load_adapter(model, path)
-    save_adapter(attach(copy.deepcopy(model), ScaleShiftConfig()), path)
+    adapted = attach(copy.deepcopy(model), ScaleShiftConfig())
+    with pytest.raises(ValueError, match=r"path: got the folder .*, want a file, such as .*\.safe"):
+        save_adapter(adapted, tmp_path)
+    assert not list(tmp_path.iterdir())
+    save_adapter(adapted, path)
     path.write_bytes(path.read_bytes()[:-7])
     refused_unchanged(model, path, "is no whole safetensors file")
 

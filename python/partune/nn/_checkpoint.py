@@ -41,7 +41,8 @@ def save_adapter(
         name: of the adapter; None: the active one.
 
     Raises:
-        ValueError: a name that isn't attached, or none given and none active.
+        ValueError: a name that isn't attached, or none given and none active; a path that is a
+            folder's.
         ImportError: safetensors isn't installed.
 
     Example:
@@ -51,6 +52,11 @@ def save_adapter(
         >>> save_adapter(attach(model, ScaleShiftConfig()), f"{folder.name}/ssf.safetensors")
     """
     name, adapter = attached(model, name)
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(
+            f"path: got the folder {path}, want a file, such as {path / 'adapter.safetensors'}"
+        )
     tensors = {}
     for layer_name, layer in adapter.holders.items():
         module = model.get_submodule(layer_name)
@@ -65,7 +71,6 @@ def save_adapter(
         "config": json.dumps(adapter.config.to_dict()),
         "fingerprint": json.dumps(fingerprint(model)),
     }
-    path = Path(path)
     staging = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         _safetensors().torch.save_file(tensors, staging, metadata)

@@ -74,7 +74,8 @@ class SparseExperts(WrittenLayer):
         if experts.has_post_expert_norm:
             output = experts.post_expert_norm(output)
         output = output * top_k_weights.reshape(-1, 1).index_select(0, order)
-        output = output.index_select(0, order.argsort()).view(*top_k_index.shape, -1)
+        output = output.index_select(0, order.argsort())
+        output = output.view(*top_k_index.shape, output.shape[1])
         return output.sum(1).to(hidden_states.dtype)
 
     def _product(self, name: str, rows: Tensor, sizes: list[int]) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
-import importlib
 import subprocess
 import sys
 from collections import Counter
@@ -406,13 +404,3 @@ def test_a_structure_is_read_once_for_many_draws() -> None:
     structure = read_structure(llama_shapes(2), None)
     assert isinstance(structure, Structure)
     assert Half(seed=4).draw(structure) == Half(seed=4).plan(llama_shapes(2))
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["ops.half_mask", "optim.half", "selection.half.half", "selection.half.plan",
-     "selection.half.reset"],
-)  # fmt: skip
-def test_examples_of_docstrings(name: str) -> None:
-    result = doctest.testmod(importlib.import_module(f"partune.{name}"))
-    assert result.attempted > 0 and result.failed == 0

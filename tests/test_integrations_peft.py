@@ -1,8 +1,6 @@
 """partune's methods in peft: every verb of peft's on small models, beside `partune.nn.attach`."""
 
 import copy
-import doctest
-import importlib
 import pickle
 import warnings
 
@@ -52,12 +50,6 @@ def no_warnings():
 def config(method="scale_shift", **options):
     _, kind, usual = METHODS[method]
     return kind(**{**usual, **options})
-
-
-@pytest.mark.parametrize("name", ["_configs", "_lora", "_methods", "_tuner"])
-def test_examples_in_docstrings(name):
-    module = importlib.import_module(f"partune.integrations.peft.{name}")
-    assert doctest.testmod(module).failed == 0
 
 
 @each(*KINDS, "gemma")

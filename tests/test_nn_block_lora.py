@@ -1,8 +1,6 @@
 """Block-LoRA layers: parameters, forward and gradients beside plain torch, conversions."""
 
 import copy
-import doctest
-import importlib
 import math
 import pickle
 
@@ -40,15 +38,6 @@ OPTIONS = [
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["block_lora", "_block_lora_layers", "_block_lora_config", "_mixed"],
-)
-def test_examples_in_docstrings(name):
-    result = doctest.testmod(importlib.import_module(f"partune.nn.{name}"))
-    assert result.attempted > 0 and result.failed == 0
 
 
 # ---- parameters ----

@@ -1,8 +1,6 @@
 """Sparse layers: outputs and gradients beside dense ones, and what else autograd asks of them."""
 
 import copy
-import doctest
-import importlib
 import pickle
 
 import pytest
@@ -42,18 +40,6 @@ def assert_close(got, wanted, tolerance, what=""):
     assert got.shape == wanted.shape, what
     error, size = float((got - wanted).abs().max()), float(wanted.abs().max())
     assert error <= tolerance * size, f"{what}: {error:g}, largest {size:g}"
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "nn._sparse_config", "nn._sparse_layers", "nn._sparse_refresh", "nn._sparse_writing",
-        "ops.sparse_linear", "integrations.transformers",
-    ],
-)  # fmt: skip
-def test_examples_in_docstrings(name):
-    result = doctest.testmod(importlib.import_module(f"partune.{name}"))
-    assert result.attempted > 0 and result.failed == 0
 
 
 # ---- parameters ----

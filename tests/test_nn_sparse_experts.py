@@ -6,7 +6,6 @@ import pickle
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.integrations.moe import use_experts_implementation
 
@@ -32,7 +31,8 @@ from sparse_layers import Scattered
 
 SIZES = dict(
     vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-    num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2, head_dim=8, initializer_range=0.2,
+    num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2, head_dim=8,
+    initializer_range=0.2,
 )  # fmt: skip
 MODELS = {
     "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SIZES)),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,6 @@ from torch import Tensor
 import cuda_emulator
 from op_cases import CPU, GPU, LAYOUTS, SHAPES, Backend, embed, random_csr
 from partune import ops as public
-from partune.ops import csr_entries
 from partune.ops._contract import OPS
 from partune.ops.csr import csr_from_mask, mask_from_csr
 
@@ -320,11 +318,6 @@ def test_sizes_beyond_int32() -> None:
     values = public.gather_csr(matrix, crow, col)
     assert values.shape == (2**33,)
     public.scatter_csr_([matrix], [values], [crow], [col])
-
-
-def test_examples_in_docstrings() -> None:
-    result = doctest.testmod(csr_entries)
-    assert result.attempted > 0 and result.failed == 0
 
 
 @pytest.mark.parametrize("name", ["gather_csr_", "scatter_csr_"])

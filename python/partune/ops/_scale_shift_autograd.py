@@ -40,6 +40,7 @@ def kept_inputs() -> int:
     and aren't counted, nor is what torch.compile and torch.export trace.
 
     Example:
+        >>> from partune.ops import scale_shift
         >>> before = kept_inputs()
         >>> x = torch.randn(4, 3, requires_grad=True)
         >>> y = scale_shift(x, torch.zeros(3, requires_grad=True))

@@ -147,7 +147,21 @@ def mask_counts(mask: Tensor, count: int) -> Tensor:
 
 
 def mask_ranks(mask: Tensor, count: int) -> Tensor:
-    """How many live entries come before each tile of a packed mask, int64 [tiles + 1]."""
+    """Count the live entries before each tile of a packed mask, and at the end all of them.
+
+    Args:
+        mask, count: as for `mask_counts`.
+
+    Returns:
+        int64 [tiles + 1].
+
+    Raises:
+        TypeError, ValueError: as `mask_counts` does.
+
+    Example:
+        >>> mask_ranks(torch.tensor([0b101, 0, 0, 0], dtype=torch.int32), 3)
+        tensor([0, 2])
+    """
     counts = mask_counts(mask, count)
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 

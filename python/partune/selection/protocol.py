@@ -12,7 +12,13 @@ State: TypeAlias = dict[str, Any]
 
 @dataclass(frozen=True)
 class Scores:
-    """A score per entry, [rows, columns]; the k largest (or smallest) are selected."""
+    """A score per entry, [rows, columns]; the k largest (or smallest) are selected.
+
+    Example:
+        >>> import torch
+        >>> Scores(torch.ones(2, 3)).shape
+        (2, 3)
+    """
 
     values: Tensor
     largest: bool = True
@@ -24,7 +30,13 @@ class Scores:
 
 @dataclass(frozen=True)
 class Factors:
-    """Scores |left @ right| that are never held: left [rows, r], right [r, columns]."""
+    """Scores |left @ right| that are never held: left [rows, r], right [r, columns].
+
+    Example:
+        >>> import torch
+        >>> Factors(torch.ones(2, 1), torch.ones(1, 3)).shape
+        (2, 3)
+    """
 
     left: Tensor
     right: Tensor

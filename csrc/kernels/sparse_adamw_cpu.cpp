@@ -10,7 +10,7 @@ namespace PARTUNE_ISA {
 namespace {
 
 constexpr int kTile = 64;        // short enough that arithmetic overlaps the neighbours' waits for memory
-constexpr int kAhead = 4;        // tiles between the request of a line and its use
+constexpr int kAhead = 3;        // tiles between the request of a line and its use
 constexpr int kDenseTile = 256;  // where all entries are stepped, which needs no such waits
 
 // Where the entries of a tile are: in the matrix (row·columns + column), and in memory.
@@ -77,40 +77,41 @@ void request(const Stored* line) {
 }
 
 // Gathers a tile while asking for the lines of the one that comes kAhead tiles later. Spread over this
-// loop the requests keep the memory busy without filling its queue.
+// loop the requests keep the memory busy without filling its queue. They go through a whole tile in steps: in
+// ascending order the machine's own prefetcher takes them for a stream, and fetches what lies in between,
+// which nobody needs (measured at 4096 by 4096, 5 %: a tenth of the time).
+template <unsigned kStep, typename... Stored>
+PARTUNE_FN void gather_in_steps(const int64_t* offsets, const int64_t* ahead, int count,
+                                const Stored*... source, Stored*... out) {
+  int i = 0;
+  for (; i + kGathered <= count; i += kGathered) {
+    for (int lane = 0; lane < kGathered; ++lane) {
+      const int64_t later = ahead[unsigned(i + lane) * kStep % kTile];
+      (request(source + later), ...);
+    }
+    (gather_lanes(source, offsets + i, out + i), ...);
+  }
+  for (; i < count; ++i) {
+    (request(source + ahead[i]), ...);
+    ((out[i] = source[offsets[i]]), ...);
+  }
+}
+
 template <typename Stored>
 PARTUNE_FN void gather(const Stored* source, const int64_t* offsets, const int64_t* ahead, int count,
                        Stored* out) {
-  int i = 0;
-  for (; i + kGathered <= count; i += kGathered) {
-    for (int lane = 0; lane < kGathered; ++lane) request(source + ahead[i + lane]);
-    gather_lanes(source, offsets + i, out + i);
-  }
-  for (; i < count; ++i) {
-    request(source + ahead[i]);
-    out[i] = source[offsets[i]];
-  }
+  if (count == kTile) return gather_in_steps<5, Stored>(offsets, ahead, kTile, source, out);
+  gather_in_steps<1, Stored>(offsets, ahead, count, source, out);
 }
 
 // The same for weights and gradients that lie alike.
 template <typename Weight, typename Grad>
 PARTUNE_FN void gather_both(const Weight* weight, const Grad* grad, const int64_t* offsets,
                             const int64_t* ahead, int count, Weight* weight_out, Grad* grad_out) {
-  int i = 0;
-  for (; i + kGathered <= count; i += kGathered) {
-    for (int lane = 0; lane < kGathered; ++lane) {
-      request(weight + ahead[i + lane]);
-      request(grad + ahead[i + lane]);
-    }
-    gather_lanes(weight, offsets + i, weight_out + i);
-    gather_lanes(grad, offsets + i, grad_out + i);
+  if (count == kTile) {
+    return gather_in_steps<5, Weight, Grad>(offsets, ahead, kTile, weight, grad, weight_out, grad_out);
   }
-  for (; i < count; ++i) {
-    request(weight + ahead[i]);
-    request(grad + ahead[i]);
-    weight_out[i] = weight[offsets[i]];
-    grad_out[i] = grad[offsets[i]];
-  }
+  gather_in_steps<1, Weight, Grad>(offsets, ahead, count, weight, grad, weight_out, grad_out);
 }
 
 // Steps the entries of a CSR.

@@ -29,6 +29,17 @@ SAMPLED_BELOW = {
     ("cuda", torch.bfloat16): 0.008,
     ("cuda", torch.float16): 0.008,
 }
+# The same for "blocks", measured in the same way, float64 too; on a GPU a load from the L2 cache
+# serves four entries.
+BLOCKS_BELOW = {
+    ("cpu", torch.float64): 0.8,
+    ("cpu", torch.float32): 0.95,
+    ("cpu", torch.bfloat16): 0.45,
+    ("cuda", torch.float64): 0.08,
+    ("cuda", torch.float32): 0.2,
+    ("cuda", torch.bfloat16): 0.03,
+    ("cuda", torch.float16): 0.03,
+}
 # Rows of the product that the reference holds at a time.
 REFERENCE_ROWS = 256
 
@@ -56,7 +67,7 @@ def sampled_grad_(
         crow_indices, col_indices: int64 [rows + 1] and int32 [nnz], ascending and row-major.
         route: "sampled" multiplies entry by entry; "panels" multiplies some rows at a time into a
             workspace and takes the entries from there; "auto" takes the faster of these by
-            `choose_route`. "blocks" multiplies 4×4 blocks at a time, with the sums of "sampled"
+            `choose_route`. "blocks" multiplies 4 by 4 entries at a time, with the sums of "sampled"
             bit for bit: of a CSR whose rows 4r to 4r + 3 have the same columns, in runs of 4 that
             begin at multiples of 4. That isn't checked (of another CSR the values are wrong), nor
             does "auto" know it: who has such a CSR asks for "blocks", or
@@ -125,7 +136,7 @@ def sampled_grad_of_layer(
 ) -> Tensor:
     """`sampled_grad` of what a layer has checked, to be called `below_autograd`.
 
-    With `blocks`, of a CSR whose entries are aligned 4×4 blocks.
+    With `blocks`, of a CSR whose entries are aligned blocks of 4 by 4.
 
     The native op checks what it can't do without. Python's checks, and the version of values that
     nobody else has seen, took 60 of the 260 µs of a call that computed next to nothing, after a
@@ -138,12 +149,10 @@ def sampled_grad_of_layer(
     return values
 
 
-def choose_route(
-    grad: Tensor, input: Tensor, col_indices: Tensor, *, blocks: bool = False
-) -> str:
+def choose_route(grad: Tensor, input: Tensor, col_indices: Tensor, *, blocks: bool = False) -> str:
     """Which route of `sampled_grad_` is the faster, by the share of entries that are selected.
 
-    With `blocks`, of a CSR whose entries are aligned 4×4 blocks, "blocks" stands for "sampled".
+    With `blocks`, of a CSR of aligned blocks of 4 by 4, "blocks" takes the place of "sampled".
     """
     limits = BLOCKS_BELOW if blocks else SAMPLED_BELOW
     limit = limits.get((grad.device.type, grad.dtype), float("inf"))
@@ -227,12 +236,12 @@ def _check_blocks(grad: Tensor, input: Tensor, col_indices: Tensor) -> None:
         if factor.shape[1] % BLOCK:
             raise ValueError(
                 f"{name}: got {factor.shape[1]} columns, want a multiple of {BLOCK} for route "
-                f"'blocks', whose blocks are {BLOCK}×{BLOCK}; 'sampled' takes any"
+                f"'blocks', whose blocks are {BLOCK} by {BLOCK}; 'sampled' takes any"
             )
     if col_indices.numel() % BLOCK**2:
         raise ValueError(
             f"col_indices: got {col_indices.numel()} entries, want a multiple of {BLOCK**2} for "
-            f"route 'blocks', whose blocks are {BLOCK}×{BLOCK}; 'sampled' takes any"
+            f"route 'blocks', whose blocks are {BLOCK} by {BLOCK}; 'sampled' takes any"
         )
 
 

@@ -81,11 +81,11 @@ def test_the_sums_and_the_bits_of_sampled(
     assert torch.equal(mine, run(ops, to(arguments, device), "sampled"))
 
 
-@pytest.mark.parametrize("side", [4, 8, 12])
+@pytest.mark.parametrize("side", [4, 8])
 @pytest.mark.parametrize("kind", ["no block", "one block", "the last block", "one block row",
                                   "one block column", "all"])  # fmt: skip
 def test_skewed_selections(ops: Any, device: torch.device, kind: str, side: int) -> None:
-    blocks = torch.full((4, 56), kind == "all")
+    blocks = torch.full((4, 12), kind == "all")
     if kind == "one block":
         blocks[1, 5] = True
     if kind == "the last block":
@@ -93,7 +93,7 @@ def test_skewed_selections(ops: Any, device: torch.device, kind: str, side: int)
     if kind == "one block row":
         blocks[2] = True
     if kind == "one block column":
-        blocks[:, 54] = True
+        blocks[:, 10] = True
     mask = blocks.repeat_interleave(side, 0).repeat_interleave(side, 1)
     arguments = case_of(mask, 70, torch.float32)
     mine = run(ops, to(arguments, device))
@@ -145,6 +145,7 @@ def test_what_is_not_finite_stays_where_it_is(
     assert mine.cpu().isfinite().equal(~touched.flatten())
 
 
+@pytest.mark.parametrize("backend", ["cpu", GPU], indirect=True)
 @pytest.mark.parametrize("side", [2, 3])
 def test_a_csr_of_other_entries_leaves_all_else_alone(
     ops: Any, device: torch.device, side: int

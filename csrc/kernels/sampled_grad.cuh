@@ -120,23 +120,27 @@ __global__ void __launch_bounds__(kBlock)
   }
 }
 
-// Sums over the warp of kCount sums of each lane: lane i gets that of sum i / (32 / kCount), added in the
-// order of a butterfly for each. A step exchanges half of the sums for the other half of another lane's.
-template <int kCount, typename Real>
-PARTUNE_FN Real exchange_sums(Real (&sums)[kCount], int lane) {
-  PARTUNE_UNROLL
-  for (int step = 16, kept = kCount / 2; kept >= 1; step /= 2, kept /= 2) {
-    const bool upper = (lane & step) != 0;
+// Sums over the warp of kCount sums of each lane: lane i gets that of sum i / (32 / kCount), each added in
+// the order of sampled_grad_kernel's. At a step of kStep a lane gives half of its sums for the other half of
+// another lane's.
+template <int kCount, typename Real, int kStep = 16>
+PARTUNE_FN Real exchange_sums(const Real (&sums)[kCount], int lane) {
+  if constexpr (kCount == 1) {
+    Real sum = sums[0];
     PARTUNE_UNROLL
-    for (int i = 0; i < kept; ++i) {
-      const Real given = upper ? sums[i] : sums[i + kept];
-      const Real own = upper ? sums[i + kept] : sums[i];
-      sums[i] = own + __shfl_xor_sync(0xffffffffu, given, step);
+    for (int step = kStep; step >= 1; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+    return sum;
+  } else {
+    constexpr int kKept = kCount / 2;
+    const bool upper = (lane & kStep) != 0;
+    Real kept[kKept];
+    PARTUNE_UNROLL
+    for (int i = 0; i < kKept; ++i) {
+      const Real given = upper ? sums[i] : sums[i + kKept];
+      kept[i] = (upper ? sums[i + kKept] : sums[i]) + __shfl_xor_sync(0xffffffffu, given, kStep);
     }
+    return exchange_sums<kKept, Real, kStep / 2>(kept, lane);
   }
-  PARTUNE_UNROLL
-  for (int step = 16 / kCount; step >= 1; step /= 2) sums[0] += __shfl_xor_sync(0xffffffffu, sums[0], step);
-  return sums[0];
 }
 
 // As sampled_grad_kernel, of a CSR of blocks: 8 loads serve 16 entries, and 16 shuffles add up their sums.
@@ -172,10 +176,16 @@ __global__ void __launch_bounds__(kBlock)
     }
     PARTUNE_UNROLL
     for (int k = 0; k < Pack::kCount; ++k) {
+      Real g[kBlockSide];
       PARTUNE_UNROLL
-      for (int i = 0; i < kArea; ++i) {
-        const Real g = widen(a[i / kBlockSide].at[k]), x = widen(b[i % kBlockSide].at[k]);
-        sums[i] = multiply_add(g, x, sums[i]);
+      for (int i = 0; i < kBlockSide; ++i) g[i] = widen(a[i].at[k]);
+      PARTUNE_UNROLL
+      for (int j = 0; j < kBlockSide; ++j) {
+        const Real x = widen(b[j].at[k]);
+        PARTUNE_UNROLL
+        for (int i = 0; i < kBlockSide; ++i) {
+          sums[i * kBlockSide + j] = multiply_add(g[i], x, sums[i * kBlockSide + j]);
+        }
       }
     }
   }

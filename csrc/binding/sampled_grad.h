@@ -24,6 +24,7 @@ struct SampledGradCall {
   CsrView csr;
   void* values;
   bool panels;
+  int64_t side;  // of a block of entries: 1 unless the route is "blocks"
 };
 
 inline Factor factor_of(const char* op, const char* name, const Tensor& tensor, const Tensor& values) {
@@ -41,12 +42,23 @@ inline Factor factor_of(const char* op, const char* name, const Tensor& tensor, 
   return {tensor.const_data_ptr(), columns, rows > 1 ? tensor.stride(0) : columns};
 }
 
+// That sizes are of whole blocks: then no block of a CSR, be its entries blocks or not, reaches beyond.
+inline void check_blocks(const char* op, const SampledGradCall& call) {
+  STD_TORCH_CHECK(call.grad.columns % call.side == 0 && call.input.columns % call.side == 0, op,
+                  ": for route 'blocks' grad and input must have columns by ", call.side, ", got ",
+                  call.grad.columns, " and ", call.input.columns);
+  STD_TORCH_CHECK(call.csr.nnz % (call.side * call.side) == 0, op,
+                  ": for route 'blocks' col_indices must have entries by ", call.side * call.side, ", got ",
+                  call.csr.nnz);
+}
+
 inline SampledGradCall sampled_grad_call(const char* op, Tensor& values, const Tensor& grad,
                                          const Tensor& input, const Tensor& crow_indices,
                                          const Tensor& col_indices, const std::string& route) {
   check_dtype(op, "values", values, {ScalarType::Float, ScalarType::Double});
   SampledGradCall call{};
-  call.panels = chooses(op, "route", route, "panels", "sampled");
+  call.side = route == "blocks" ? kBlockSide : 1;
+  call.panels = call.side == 1 && chooses(op, "route", route, "panels", "sampled");
   call.grad = factor_of(op, "grad", grad, values);
   call.input = factor_of(op, "input", input, values);
   check_dtype(op, "input", input, {grad.scalar_type()});
@@ -58,6 +70,7 @@ inline SampledGradCall sampled_grad_call(const char* op, Tensor& values, const T
   check_vector(op, "values", values, values, {values.scalar_type()}, col_indices.numel());
   call.csr = {crow_indices.const_data_ptr<int64_t>(), col_indices.const_data_ptr<int32_t>(),
               call.grad.columns, col_indices.numel()};
+  check_blocks(op, call);
   call.values = values.mutable_data_ptr();
   return call;
 }

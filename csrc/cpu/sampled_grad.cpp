@@ -83,7 +83,7 @@ Parts divide(const SampledGradCall& call) {
   if (across > 1) {
     const std::vector<int32_t> sample = sample_columns(call.csr);
     for (int64_t i = 1; i < across; ++i) {
-      parts.columns.push_back(sample[size_t(i * kSampledColumns / across)]);
+      parts.columns.push_back(sample[size_t(i * kSampledColumns / across)] / call.side * call.side);
     }
   }
   parts.columns.push_back(columns);
@@ -105,19 +105,19 @@ class Sampled {
  private:
   void run_part(int64_t part) const {
     const int64_t across = int64_t(parts_.columns.size()) - 1;
-    const int64_t begin = part / across * call_.csr.nnz / parts_.of_rows;
-    const int64_t end = (part / across + 1) * call_.csr.nnz / parts_.of_rows;
+    const int64_t begin = first_entry(part / across), end = first_entry(part / across + 1);
     const int64_t first_column = parts_.columns[size_t(part % across)];
     const int64_t last_column = parts_.columns[size_t(part % across + 1)];
     if (begin == end || first_column == last_column) return;
     const int64_t* crow = call_.csr.crow_indices;
-    const int64_t first_row = row_of(crow, 0, call_.csr.rows - 1, begin);
-    const int64_t last_row = row_of(crow, first_row, call_.csr.rows - 1, end - 1) + 1;
+    const int64_t side = call_.side;
+    const int64_t first_row = row_of(crow, 0, call_.csr.rows - 1, begin) / side * side;
+    const int64_t last_row = row_of(crow, first_row, call_.csr.rows - 1, end - 1) / side * side + side;
     const std::vector<int64_t> starts = starts_of(first_row, last_row, begin, end, first_column);
     std::vector<int64_t> cursors(starts.size());
     const int64_t columns = last_column - first_column;
     const int64_t panels = (columns + kPanelColumns - 1) / kPanelColumns;
-    const int64_t panel_columns = (columns + panels - 1) / panels;
+    const int64_t panel_columns = (columns / side + panels - 1) / panels * side;
     char* grad = kept_workspace((last_row - first_row + panel_columns) * kPackedBytes);
     char* input = grad + (last_row - first_row) * kPackedBytes;
     for (int64_t token = 0; token < call_.tokens; token += bodies_.block_tokens) {
@@ -139,19 +139,28 @@ class Sampled {
             static_cast<Real*>(call_.values),
             {ahead(call_.grad, next, first_row, last ? last_row : first_row),
              ahead(call_.input, next, next_column, std::min(next_column + panel_columns, last_column))}};
-        bodies_.product(panel, first_row, last_row, end, cursors.data());
+        (side == 1 ? bodies_.product : bodies_.block_product)(panel, first_row, last_row, end,
+                                                              cursors.data());
       }
     }
   }
 
-  // By row, the first of the entries [begin, end) that isn't before a column.
+  // Of a range of rows: a cut goes through no block.
+  int64_t first_entry(int64_t range) const {
+    const int64_t area = call_.side * call_.side;
+    return range * (call_.csr.nnz / area) / parts_.of_rows * area;
+  }
+
+  // By row, or by a block row's first row, the first of the entries [begin, end) that isn't before a column.
   std::vector<int64_t> starts_of(int64_t first_row, int64_t last_row, int64_t begin, int64_t end,
                                  int64_t column) const {
+    const int64_t side = call_.side;
     std::vector<int64_t> starts;
-    for (int64_t row = first_row; row < last_row; ++row) {
+    for (int64_t row = first_row; row < last_row; row += side) {
       const int32_t* col = call_.csr.col_indices;
-      const int64_t first = std::max(begin, call_.csr.crow_indices[row]);
-      const int64_t last = std::min(end, call_.csr.crow_indices[row + 1]);
+      const int64_t row_begin = call_.csr.crow_indices[row], row_end = call_.csr.crow_indices[row + side];
+      const int64_t first = row_begin + (std::max(begin, row_begin) - row_begin) / side;
+      const int64_t last = row_begin + (std::min(end, row_end) - row_begin) / side;
       starts.push_back(column == 0 ? first : std::lower_bound(col + first, col + last, column) - col);
     }
     return starts;

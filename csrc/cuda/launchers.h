@@ -127,6 +127,7 @@ struct SampledGradLaunchers {
   int64_t (*workspace_bytes)(const SampledGradTask& task);
   // Adds all entries, by way of a workspace aligned to 16 bytes.
   cudaError_t (*sampled)(const SampledGradTask& task, void* workspace, cudaStream_t stream);
+  cudaError_t (*blocks)(const SampledGradTask& task, void* workspace, cudaStream_t stream);
   // Adds the entries of rows [first_row, last_row), which panel holds.
   cudaError_t (*compact)(const SampledGradTask& task, const void* panel, int64_t first_row, int64_t last_row,
                          cudaStream_t stream);

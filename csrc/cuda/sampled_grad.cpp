@@ -44,7 +44,8 @@ void sampled_grad_cuda_(Tensor values, Tensor grad, Tensor input, Tensor crow_in
   }
   Tensor workspace = torch::stable::empty({launchers.workspace_bytes(task)}, ScalarType::Byte, std::nullopt,
                                           values.device());
-  check_launch(op, launchers.sampled(task, workspace.mutable_data_ptr(), stream));
+  const auto launch = call.side == 1 ? launchers.sampled : launchers.blocks;
+  check_launch(op, launch(task, workspace.mutable_data_ptr(), stream));
 }
 
 }  // namespace partune

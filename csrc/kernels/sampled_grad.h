@@ -7,7 +7,16 @@
 //     element, 2 of bfloat16, else those of the sums; per block of kPackedBytes/p tokens,
 //     nnz·kPackedBytes from the L2 cache, 4·nnz of columns and 2·sizeof(Real)·nnz of values.
 //   sampled, CUDA: nnz·tokens·b of input, from the L2 cache where it holds it; grad and columns once.
+//   blocks: as sampled, but a load from the L2 cache serves a block's kBlockSide entries: a quarter of those.
 //   panels: factors, as the dense product reads them; rows·columns entries of the workspace written, and
 //     nnz of them read, from caches; 4·nnz of columns and 2·sizeof(Real)·nnz of values.
 #pragma once
 #include "csr.h"
+
+namespace partune {
+
+// Rows, and columns, of a block of route "blocks": of a CSR whose rows 4r to 4r + 3 have the same columns, in
+// runs of 4 that begin at multiples of 4.
+constexpr int kBlockSide = 4;
+
+}  // namespace partune

@@ -26,8 +26,11 @@ struct SampledGradBodies {
   void (*pack)(const void* factor, int64_t stride, int64_t tokens, int64_t begin, int64_t end, char* packed);
   // The entries of rows [first_row, last_row) before `end` in the panel's columns. By row from first_row on,
   // cursors say where they begin, and afterwards where they end. An entry's bits don't depend on ranges.
+  // Of blocks, bounds lie between them, and cursors are by block row, and of its first row.
   void (*product)(const SampledGradPanel<Real>& panel, int64_t first_row, int64_t last_row, int64_t end,
                   int64_t* cursors);
+  void (*block_product)(const SampledGradPanel<Real>& panel, int64_t first_row, int64_t last_row, int64_t end,
+                        int64_t* cursors);
   // The entries [begin, end), from rows first_row and on of the dense product.
   void (*compact)(const void* panel, int64_t columns, int64_t first_row, const CsrView& csr, int64_t begin,
                   int64_t end, Real* values);

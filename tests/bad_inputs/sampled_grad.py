@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from bad_inputs.case import Arguments, Bad, csr, put
 
@@ -17,6 +18,22 @@ def _good_sampled_grad_() -> Arguments:
         "col_indices": col,
         "route": "sampled",
     }
+
+
+def _blocks(per_row: int = 8, **spoilt: Tensor) -> Callable[[Arguments], None]:
+    """Two blocks, and one argument of another size."""
+
+    def spoil(arguments: Arguments) -> None:
+        crow, col = csr(*[range(per_row)] * 4)
+        arguments.update(
+            values=torch.zeros(32), grad=torch.zeros(6, 4), input=torch.zeros(6, 8),
+            crow_indices=crow, col_indices=col, route="blocks",
+        )  # fmt: skip
+        arguments.update(spoilt)
+        rows = arguments["grad"].shape[1]
+        arguments["crow_indices"] = torch.cat([crow, crow[-1:].expand(rows - 4)])
+
+    return spoil
 
 
 GOOD: dict[str, Callable[[], Arguments]] = {
@@ -52,6 +69,12 @@ BAD: dict[str, list[Bad]] = {
         Bad("int64 columns", put("col_indices", torch.zeros(5, dtype=torch.int64)), TypeError,
             "col_indices: got dtype int64, want int32"),
         Bad("an unknown route", put("route", "dense"), ValueError,
-            "route: got 'dense', want 'sampled' or 'panels'"),
+            "route: got 'dense', want 'sampled' or 'panels' or 'blocks'"),
+        Bad("rows that aren't whole blocks", _blocks(grad=torch.zeros(6, 6)), ValueError,
+            "grad: got 6 columns, want a multiple of 4 for route 'blocks', whose blocks are 4 by"),
+        Bad("columns that aren't whole blocks", _blocks(input=torch.zeros(6, 10)),
+            ValueError, "input: got 10 columns, want a multiple of 4 for route 'blocks'"),
+        Bad("entries that aren't whole blocks", _blocks(values=torch.zeros(28), per_row=7),
+            ValueError, "col_indices: got 28 entries, want a multiple of 16 for route 'blocks'"),
     ],
 }  # fmt: skip

@@ -6,9 +6,13 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import Parameter
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.pytorch_utils import Conv1D
 
+from op_cases import TOLERANCE, assert_close
 from partune.nn import SparseConfig, SparseLinear, attach, load_adapter, refresh, save_adapter
 from partune.ops.csr import csr_from_mask, mask_from_csr, validate_blocks
+from partune.ops.sparse_linear import sparse_grouped_linear
 from partune.optim import LiftAdamW, SparseAdamW
 from partune.selection import Factors, Magnitude, PrincipalWeights, Random, Scores, topk_csr
 
@@ -198,3 +202,66 @@ def test_blocks_that_do_not_divide():
         ValueError, match="k: got 24, want a multiple of 16, the entries of a block"
     ):
         topk_csr(Scores(torch.ones(8, 8)), 24, block=(4, 4))
+
+
+class Routes(TorchDispatchMode):
+    """Which routes the sampled gradients of a backward take."""
+
+    def __init__(self):
+        super().__init__()
+        self.taken = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.partune.sampled_grad_.default:
+            self.taken.append(kwargs["route"])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("block", "route"),
+    [((4, 4), "blocks"), ((8, 4), "blocks"), ((2, 4), "sampled"), ((1, 1), "sampled")],
+)
+def test_layers_take_the_kernel_of_blocks(block, route, dtype):
+    """With the sums of the other one, bit for bit."""
+    torch.manual_seed(0)
+    layers = (nn.Linear(16, 24), Conv1D(8, 24))
+    model = nn.Sequential(*layers).to(dtype)
+    dense = copy.deepcopy(model)
+    attach(model, SparseConfig(Magnitude(), density=0.2, block=block))
+    x = torch.randn(5, 16).to(dtype)
+    with Routes() as routes:
+        model(x).square().sum().backward()
+    assert routes.taken == [route] * 2
+    dense(x).square().sum().backward()
+    for sparse, plain in zip(model, dense, strict=True):
+        entries = sparse.adapter
+        grad = plain.weight.grad[mask_of(entries.csr, entries.columns)].to(entries.values.dtype)
+        assert_close(entries.values.grad, grad, TOLERANCE[dtype])
+
+
+def test_a_compiled_layer_takes_it_too():
+    torch.manual_seed(0)
+    layer = SparseLinear(16, 24, selection=Magnitude(), density=0.2, block=(4, 4))
+    x = torch.randn(5, 16)
+    layer(x).square().sum().backward()
+    wanted, layer.adapter.values.grad = layer.adapter.values.grad, None
+    torch.compile(layer, fullgraph=True, backend="aot_eager")(x).square().sum().backward()
+    assert_close(layer.adapter.values.grad, wanted)
+
+
+def test_experts_take_it_too():
+    torch.manual_seed(0)
+    weight = torch.randn(2, 16, 8, dtype=torch.float64)
+    mask = torch.zeros(2, 16, 8, dtype=torch.bool)
+    mask[0, 4:8, 4:], mask[1, :4, :4] = True, True
+    csr, x = csr_from_mask(mask.view(32, 8)), torch.randn(5, 8, dtype=torch.float64)
+    results = []
+    for blocks in (False, True):
+        values = weight[mask].requires_grad_()
+        with Routes() as routes:
+            output = sparse_grouped_linear(x, weight, None, values, *csr, [2, 3], blocks=blocks)
+            output.sin().sum().backward()
+        assert routes.taken == [("sampled", "blocks")[blocks]] * 2
+        results.append(values.grad)
+    assert torch.equal(*results)

@@ -13,6 +13,7 @@ from partune import ops
 from partune.ops import gather_csr
 from partune.ops._checks import SIXTEEN_BIT
 from partune.ops.csr import Csr, csr_from_flat, flat_indices, validate_blocks, validate_csr
+from partune.ops.sampled_grad import BLOCK
 from partune.selection import Selection
 from partune.selection.budget import Block, Layout
 from partune.selection.choice import Choice, choose, initial_states
@@ -54,6 +55,7 @@ class SparseEntries(nn.Module):
         self.slices, self.columns = layout.slices, layout.columns
         rows, k = layout.slices * layout.rows, layout.slices * k
         self.selection, self.block = selection, block
+        self.in_blocks = block[0] % BLOCK == block[1] % BLOCK == 0  # that `sampled_grad_` takes
         self.parameter_id = parameter_id
         self.selection_state: list[State] = []
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32

@@ -84,5 +84,5 @@ class SparseExperts(WrittenLayer):
         self.refuse_stale(entries, values, weight)
         return sparse_grouped_linear(
             rows, weight, getattr(self, f"{name}_bias", None), values, *entries.csr, sizes,
-            transposed=bool(self.is_transposed),
+            blocks=entries.in_blocks, transposed=bool(self.is_transposed),
         )  # fmt: skip

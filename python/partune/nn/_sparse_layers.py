@@ -68,6 +68,7 @@ class SparseLayer(WrittenLayer):
         return sparse_linears(
             input, weights, [member.bias for member in members], values,
             [adapter.csr for adapter in adapters], transposed=self.transposed,
+            blocks=[adapter.in_blocks for adapter in adapters],
         )  # fmt: skip
 
 

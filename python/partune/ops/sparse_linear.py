@@ -24,6 +24,7 @@ def sparse_linear(
     crow_indices: Tensor,
     col_indices: Tensor,
     *,
+    blocks: bool = False,
     transposed: bool = False,
 ) -> Tensor:
     """Run a frozen linear layer whose selected entries train as a vector: y = x Wᵀ + b.
@@ -40,6 +41,8 @@ def sparse_linear(
         bias: [out], or None.
         values: [nnz], floating point; only its gradient counts here.
         crow_indices, col_indices: int64 [rows + 1] and int32 [nnz], of the weight as it is stored.
+        blocks: whether the entries are aligned blocks of 4 by 4, whose gradient takes less time;
+            see `partune.ops.sampled_grad_`.
         transposed: whether the weight is stored as [in, out], as GPT-2's Conv1D has it.
 
     Returns:
@@ -59,8 +62,9 @@ def sparse_linear(
         (13.0, tensor([2.]))
     """
     (output,) = sparse_linears(
-        input, [weight], [bias], [values], [(crow_indices, col_indices)], transposed=transposed
-    )
+        input, [weight], [bias], [values], [(crow_indices, col_indices)], blocks=[blocks],
+        transposed=transposed,
+    )  # fmt: skip
     return output
 
 
@@ -71,6 +75,7 @@ def sparse_linears(
     values: Sequence[Tensor],
     csrs: Sequence[Csr],
     *,
+    blocks: Sequence[bool],
     transposed: bool = False,
 ) -> tuple[Tensor, ...]:
     """`sparse_linear` of layers that read one input, such as q, k and v: one node of the graph."""
@@ -78,7 +83,7 @@ def sparse_linears(
     input, weights, biases = _as_autocast(input, weights, biases)
     indices = [tensor for csr in csrs for tensor in csr]
     outputs: tuple[Tensor, ...] = _SparseLinears.apply(  # type: ignore[no-untyped-call]
-        transposed, input, *weights, *biases, *values, *indices
+        transposed, blocks, input, *weights, *biases, *values, *indices
     )
     return outputs
 
@@ -116,14 +121,16 @@ class _SparseLinears(torch.autograd.Function):
     """Its tensors are weights, biases and values, as many of each, and the CSRs' two of each."""
 
     @staticmethod
-    def forward(ctx: Any, transposed: bool, input: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, transposed: bool, blocks: Sequence[bool], input: Tensor, *tensors: Any
+    ) -> tuple[Tensor, ...]:
         count = len(tensors) // 5
         weights, biases, values = (tensors[i * count : (i + 1) * count] for i in range(3))
-        ctx.transposed = transposed
+        ctx.transposed, ctx.blocks = transposed, blocks
         ctx.input_shape = input.shape
         ctx.values_dtypes = [value.dtype for value in values]
         ctx.set_materialize_grads(False)
-        trains = any(ctx.needs_input_grad[2 + 2 * count : 2 + 3 * count])
+        trains = any(ctx.needs_input_grad[3 + 2 * count : 3 + 3 * count])
         read = saved_of(input) if trains else (None, None)
         ctx.save_for_backward(*read, *weights, *tensors[3 * count :])
         with below_autograd():
@@ -135,7 +142,7 @@ class _SparseLinears(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         _refuse_second(grads)
-        count, needed = len(grads), ctx.needs_input_grad
+        count, (_, _, of_input, *needed) = len(grads), ctx.needs_input_grad
         first, second, *saved = ctx.saved_tensors
         weights, indices = saved[:count], saved[count:]
         nothing: list[Tensor | None] = [None] * count
@@ -146,20 +153,21 @@ class _SparseLinears(torch.autograd.Function):
                 if grad is None:
                     continue
                 rows = rows_of(grad)
-                if needed[1]:
+                if of_input:
                     weight = weights[i] if ctx.transposed else weights[i].t()
                     grad_input = product(rows, weight, onto=grad_input)
-                if needed[2 + count + i]:
+                if needed[count + i]:
                     grad_biases[i] = rows.sum(0)
-                if needed[2 + 2 * count + i]:
+                if needed[2 * count + i]:
                     read = rows_of(input_of(first, second)) if read is None else read
                     factors = (read, rows) if ctx.transposed else (rows, read)
-                    values = sampled_grad_of_layer(*factors, *indices[2 * i : 2 * i + 2])
+                    csr = indices[2 * i : 2 * i + 2]
+                    values = sampled_grad_of_layer(*factors, *csr, blocks=ctx.blocks[i])
                     dtype = ctx.values_dtypes[i]
                     grad_values[i] = values if values.dtype == dtype else values.to(dtype)
             if grad_input is not None:
                 grad_input = grad_input.view(ctx.input_shape)
-        return None, grad_input, *nothing, *grad_biases, *grad_values, *nothing, *nothing
+        return None, None, grad_input, *nothing, *grad_biases, *grad_values, *nothing, *nothing
 
 
 def sparse_grouped_linear(
@@ -171,6 +179,7 @@ def sparse_grouped_linear(
     col_indices: Tensor,
     sizes: list[int],
     *,
+    blocks: bool = False,
     transposed: bool = False,
 ) -> Tensor:
     """`sparse_linear` of stacked matrices, each of which takes some of the rows: experts.
@@ -185,6 +194,7 @@ def sparse_grouped_linear(
         crow_indices, col_indices: of the matrices below one another, int64 [matrices·out + 1]
             ([matrices·in + 1] where transposed) and int32 [nnz].
         sizes: how many rows each matrix takes.
+        blocks: as for `sparse_linear`.
         transposed: whether the matrices are stored as [in, out].
 
     Returns:
@@ -211,7 +221,7 @@ def sparse_grouped_linear(
         )
     input, (weight,), (bias,) = _as_autocast(input, [weight], [bias])
     output: Tensor = _SparseGroupedLinear.apply(  # type: ignore[no-untyped-call]
-        transposed, sizes, input, weight, bias, values, crow_indices, col_indices
+        transposed, blocks, sizes, input, weight, bias, values, crow_indices, col_indices
     )
     return output
 
@@ -221,6 +231,7 @@ class _SparseGroupedLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         transposed: bool,
+        blocks: bool,
         sizes: list[int],
         input: Tensor,
         weight: Tensor,
@@ -229,9 +240,10 @@ class _SparseGroupedLinear(torch.autograd.Function):
         crow_indices: Tensor,
         col_indices: Tensor,
     ) -> Tensor:
-        ctx.transposed, ctx.sizes, ctx.values_dtype = transposed, sizes, values.dtype
+        ctx.transposed, ctx.blocks, ctx.sizes = transposed, blocks, sizes
+        ctx.values_dtype = values.dtype
         ctx.set_materialize_grads(False)
-        read = saved_of(input) if ctx.needs_input_grad[5] else (None, None)
+        read = saved_of(input) if ctx.needs_input_grad[6] else (None, None)
         ctx.save_for_backward(*read, weight, crow_indices, col_indices)
         with below_autograd():
             matrices = weight.transpose(1, 2) if transposed else weight
@@ -254,21 +266,21 @@ class _SparseGroupedLinear(torch.autograd.Function):
         with below_autograd(), without_autocast(weight):
             if grad is not None:
                 groups = torch.split(grad, ctx.sizes)
-                if needed[2]:
+                if needed[3]:
                     matrices = weight if ctx.transposed else weight.transpose(1, 2)
                     pairs = zip(groups, matrices, strict=True)
                     grad_input = torch.cat([product(rows, matrix) for rows, matrix in pairs])
-                if needed[4]:
-                    grad_bias = torch.stack([rows.sum(0) for rows in groups])
                 if needed[5]:
+                    grad_bias = torch.stack([rows.sum(0) for rows in groups])
+                if needed[6]:
                     inputs = torch.split(input_of(first, second), ctx.sizes)
                     factors = (inputs, groups) if ctx.transposed else (groups, inputs)
                     csrs = split_csr(crow_indices, col_indices, len(weight))
                     values = torch.cat(
                         [
-                            sampled_grad_of_layer(left, right, *csr)
+                            sampled_grad_of_layer(left, right, *csr, blocks=ctx.blocks)
                             for left, right, csr in zip(*factors, csrs, strict=True)
                         ]
                     )
                     grad_values = values.to(ctx.values_dtype)
-        return None, None, grad_input, None, grad_bias, grad_values, None, None
+        return None, None, None, grad_input, None, grad_bias, grad_values, None, None

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
-from training_steps import MODELS, PARTS, TrainingStep, make
+from training_steps import MODELS, PARTS, TrainingStep, make, make_mixture
 from transformers import LlamaForCausalLM
 
 from conftest import SHARE_OF_BAR, Comparison
@@ -91,6 +91,37 @@ def test_training_step(report, note, name: str, peer: str) -> None:
         extra = f", refresh {refreshing:.1f} ms a step" if way == "ours" else ""
         note(f"  {way}: {parts}{extra}")
     report(comparison, {peer: SHARE_OF_BAR / BARS[peer]}, rounds=1)
+
+
+def mixture_step(way: str) -> Callable[[], None]:
+    """A step of a mixture of experts whose linear layers and experts train: all of them, or 5 %."""
+    model = make_mixture()
+    tokens = torch.randint(0, model.config.vocab_size, (4, 256))
+    if way == "ours":
+        attach(model, SparseConfig(density=DENSITY))
+    else:
+        model.set_experts_implementation(way)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.endswith("_proj.weight") or ".experts." in name)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
+
+    def step() -> None:
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def test_mixture_of_experts(report, note) -> None:
+    """No bar but to be no slower than full fine-tuning, by whichever of transformers' products."""
+    ways = ("ours", "eager", "grouped_mm")
+    comparison = Comparison({way: mixture_step(way) for way in ways}, rounds=ROUNDS)
+    for peer in ways[1:]:
+        share = comparison.median["ours"] / comparison.median[peer]
+        note(f"mixture of experts: a step takes {share:.3f} of full fine-tuning's with {peer}")
+    report(comparison, dict.fromkeys(ways[1:], 1.0), rounds=1)
 
 
 # ---- memory ----

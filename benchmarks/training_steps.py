@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 _WIDE = {
     "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9,
@@ -22,12 +22,23 @@ MODELS: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
     "llama_47m": ({**_WIDE, "num_hidden_layers": 12, "vocab_size": 8192}, (4, 256)),
     "smollm2_135m": ({**_WIDE, "num_hidden_layers": 30, "vocab_size": 49152}, (4, 128)),
 }
+# As many tokens of a mixture of experts, most of whose 45 million weights are in its 32 experts.
+MIXTURE = {
+    "hidden_size": 512, "intermediate_size": 768, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "num_hidden_layers": 4, "num_local_experts": 8,
+    "num_experts_per_tok": 2, "vocab_size": 4096,
+}  # fmt: skip
 PARTS = ("forward", "backward", "optimizer")
 
 
 def make(name: str) -> LlamaForCausalLM:
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**MODELS[name][0]))
+
+
+def make_mixture() -> MixtralForCausalLM:
+    torch.manual_seed(0)
+    return MixtralForCausalLM(MixtralConfig(**MIXTURE))
 
 
 class TrainingStep:

@@ -15,8 +15,15 @@ from collections.abc import Callable
 import torch
 
 from partune import ops
+from partune.ops.csr import Csr, csr_from_mask, mask_from_csr
 
 DENSITY = 0.05
+
+
+def block_csr(scores: torch.Tensor) -> Csr:
+    """Blocks of 4 by 4, of which scores has one each."""
+    chosen = mask_from_csr(*ops.topk_csr(scores, int(DENSITY * scores.numel())), scores.shape[1])
+    return csr_from_mask(chosen.repeat_interleave(4, 0).repeat_interleave(4, 1))
 
 
 def cases(device: str, size: int) -> dict[str, Callable[[], object]]:
@@ -31,6 +38,7 @@ def cases(device: str, size: int) -> dict[str, Callable[[], object]]:
     left, right = draw(size, 32), draw(32, size)
     seed, step = torch.tensor(0, device=device), torch.tensor(1, device=device)
     old, new = ops.topk_csr(scores, k), ops.topk_csr(other, k)
+    blocks = block_csr(scores[::4, ::4].contiguous())
     values, moved = draw(k), torch.zeros(k, device=device)
     found_inf = torch.zeros((), device=device)
     mask = ops.random_mask(size * size, mask_seed=seed, mask_id=0)
@@ -79,18 +87,18 @@ def cases(device: str, size: int) -> dict[str, Callable[[], object]]:
             found[f"half_adamw_ {level} {str(dtype).removeprefix('torch.')}"] = functools.partial(
                 half_step, level, live, half_ranks, half_moments
             )
-        x, selected = draw(2 * size, size, dtype=dtype), torch.zeros(k, device=device)
-        output_grad = draw(2 * size, size, dtype=dtype)
+        x, output_grad = draw(2 * size, size, dtype=dtype), draw(2 * size, size, dtype=dtype)
 
-        def sampled(route, x=x, output_grad=output_grad, selected=selected):
-            ops.sampled_grad_(selected, output_grad, x, *old, route=route)
+        def sampled(route, csr, selected, x=x, output_grad=output_grad):
+            ops.sampled_grad_(selected, output_grad, x, *csr, route=route)
 
         def dense(x=x, output_grad=output_grad):
             return output_grad.t() @ x
 
-        for route in ("sampled", "panels"):
+        for route, selection in (("sampled", old), ("panels", old), ("blocks", blocks)):
             case_name = f"sampled_grad_ {route} {str(dtype).removeprefix('torch.')}"
-            found[case_name] = functools.partial(sampled, route)
+            selected = torch.zeros(selection[1].numel(), device=device)
+            found[case_name] = functools.partial(sampled, route, selection, selected)
         found[f"peer: dense product {str(dtype).removeprefix('torch.')}"] = dense
         parameter = torch.nn.Parameter(weight.clone())
         parameter.grad = grad

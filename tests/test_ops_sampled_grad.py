@@ -221,11 +221,13 @@ def test_a_stale_backward_raises() -> None:
         product.sum().backward()
 
 
-@pytest.mark.parametrize("route", [*ROUTES, "auto"])
+@pytest.mark.parametrize("route", [*ROUTES, "blocks", "auto"])
 def test_in_a_compiled_backward(route: str) -> None:
     """As a layer calls it: in an autograd.Function, also of factors that require a gradient."""
-    _, weight_grad, x, crow, col = case((6, 4, 5), torch.float32)
-    weight = torch.ones(4, 5)
+    _, weight_grad, x, crow, col = case((6, 4, 8), torch.float32)
+    weight = torch.ones(4, 8)
+    if route == "blocks":
+        crow, col = csr_from_mask(torch.arange(8).expand(4, 8) >= 4)
 
     class Linear(torch.autograd.Function):
         @staticmethod

@@ -120,26 +120,15 @@ __global__ void __launch_bounds__(kBlock)
   }
 }
 
-// Sums over the warp of kCount sums of each lane: lane i gets that of sum i / (32 / kCount), each added in
-// the order of sampled_grad_kernel's. At a step of kStep a lane gives half of its sums for the other half of
-// another lane's.
-template <int kCount, typename Real, int kStep = 16>
-PARTUNE_FN Real exchange_sums(const Real (&sums)[kCount], int lane) {
-  if constexpr (kCount == 1) {
-    Real sum = sums[0];
-    PARTUNE_UNROLL
-    for (int step = kStep; step >= 1; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-    return sum;
-  } else {
-    constexpr int kKept = kCount / 2;
-    const bool upper = (lane & kStep) != 0;
-    Real kept[kKept];
-    PARTUNE_UNROLL
-    for (int i = 0; i < kKept; ++i) {
-      const Real given = upper ? sums[i] : sums[i + kKept];
-      kept[i] = (upper ? sums[i + kKept] : sums[i]) + __shfl_xor_sync(0xffffffffu, given, kStep);
-    }
-    return exchange_sums<kKept, Real, kStep / 2>(kept, lane);
+// A lane gives half of its sums for the other half of another's, kStep from it, and keeps its own half with
+// that added. Each sum is added up in the order of sampled_grad_kernel's.
+template <int kStep, int kCount, typename Real>
+PARTUNE_FN void exchange_halves(const Real (&sums)[2 * kCount], Real (&kept)[kCount]) {
+  const bool upper = (threadIdx.x & kStep) != 0;
+  PARTUNE_UNROLL
+  for (int i = 0; i < kCount; ++i) {
+    const Real given = upper ? sums[i] : sums[i + kCount];
+    kept[i] = (upper ? sums[i + kCount] : sums[i]) + __shfl_xor_sync(0xffffffffu, given, kStep);
   }
 }
 
@@ -189,10 +178,15 @@ __global__ void __launch_bounds__(kBlock)
       }
     }
   }
-  const Real sum = exchange_sums(sums, lane);
-  const int i = lane / (32 / kArea);
-  if (lane % (32 / kArea) == 0 && warp < blocks) {
-    values[place + i / kBlockSide * row_entries + i % kBlockSide] += sum;
+  Real eight[8], four[4], two[2], sum[1];
+  exchange_halves<16>(sums, eight);
+  exchange_halves<8>(eight, four);
+  exchange_halves<4>(four, two);
+  exchange_halves<2>(two, sum);
+  sum[0] += __shfl_xor_sync(0xffffffffu, sum[0], 1);
+  const int i = lane / 2;  // whose sum this lane has, and its neighbour
+  if (lane % 2 == 0 && warp < blocks) {
+    values[place + i / kBlockSide * row_entries + i % kBlockSide] += sum[0];
   }
 }
 

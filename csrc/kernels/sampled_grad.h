@@ -7,7 +7,8 @@
 //     element, 2 of bfloat16, else those of the sums; per block of kPackedBytes/p tokens,
 //     nnz·kPackedBytes from the L2 cache, 4·nnz of columns and 2·sizeof(Real)·nnz of values.
 //   sampled, CUDA: nnz·tokens·b of input, from the L2 cache where it holds it; grad and columns once.
-//   blocks: as sampled, but a load from the L2 cache serves a block's kBlockSide entries: a quarter of those.
+//   blocks: as sampled, but with nnz/kBlockSide for nnz where an L2 cache or columns are read: a load serves
+//     all entries that a block has in its column.
 //   panels: factors, as the dense product reads them; rows·columns entries of the workspace written, and
 //     nnz of them read, from caches; 4·nnz of columns and 2·sizeof(Real)·nnz of values.
 #pragma once

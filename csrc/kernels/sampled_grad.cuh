@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kBlock)
   const int64_t row_begin = csr.crow_indices[row];
   const int64_t row_entries = (csr.crow_indices[row + kBlockSide] - row_begin) / kBlockSide;
   const int64_t place = row_begin + (first - row_begin) / kBlockSide;  // of the block's first entry
-  const int64_t column = csr.col_indices[place] / kBlockSide * kBlockSide;
+  const int64_t column = int64_t(csr.col_indices[place]) / kBlockSide * kBlockSide;
   const Pack* left = reinterpret_cast<const Pack*>(grad + row * kTokenBlock) + lane;
   const Pack* right = reinterpret_cast<const Pack*>(input + column * kTokenBlock) + lane;
   constexpr int kLine = kTokenBlock / Pack::kCount;

@@ -67,8 +67,8 @@ class SparseConfig(AdapterConfig):
             that of whole blocks, which have to divide every matrix. Of rows and columns divisible
             by 4 the gradient takes less time.
         target_modules: names of modules, each matched as a suffix ("attn.q_proj"), or one regular
-            expression that has to match a whole name. None: all linear layers and
-            experts but the head, projections out of the model and poolers.
+            expression that has to match a whole name. None: all linear layers and experts but the
+            head, projections out of the model and poolers.
         modules_to_save: suffixes of the modules that are trained whole, () for none. None: the head
             by its usual names (classifier, head, fc, score), where there is one. Each adapter
             trains a copy of its own.
@@ -152,10 +152,8 @@ class SparseConfig(AdapterConfig):
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> SparseConfig:
-        selection, block = (
-            _from_description(options["selection"]),
-            tuple(options.get("block", (1, 1))),
-        )
+        selection = _from_description(options["selection"])
+        block = tuple(options.get("block", (1, 1)))  # older files have none
         return cls(**{**options, "selection": selection, "block": block})
 
 

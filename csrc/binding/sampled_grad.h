@@ -58,7 +58,9 @@ inline SampledGradCall sampled_grad_call(const char* op, Tensor& values, const T
   check_dtype(op, "values", values, {ScalarType::Float, ScalarType::Double});
   SampledGradCall call{};
   call.side = route == "blocks" ? kBlockSide : 1;
-  call.panels = call.side == 1 && chooses(op, "route", route, "panels", "sampled");
+  call.panels = route == "panels";
+  STD_TORCH_CHECK(call.panels || call.side > 1 || route == "sampled", op,
+                  ": route must be 'sampled', 'panels' or 'blocks', got '", route, "'");
   call.grad = factor_of(op, "grad", grad, values);
   call.input = factor_of(op, "input", input, values);
   check_dtype(op, "input", input, {grad.scalar_type()});

@@ -10,7 +10,7 @@ namespace PARTUNE_ISA {
 namespace {
 
 constexpr int kTile = 64;        // short enough that arithmetic overlaps the neighbours' waits for memory
-constexpr int kAhead = 3;        // tiles between the request of a line and its use
+constexpr int kAhead = 2;        // tiles between the request of a line and its use
 constexpr int kDenseTile = 256;  // where all entries are stepped, which needs no such waits
 
 // Where the entries of a tile are: in the matrix (row·columns + column), and in memory.

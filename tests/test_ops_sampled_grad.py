@@ -13,7 +13,7 @@ from op_cases import GPU, TOLERANCE, Backend, assert_close, embed, random_csr
 from partune import ops as public
 from partune.ops._contract import OPS
 from partune.ops.csr import csr_from_mask
-from partune.ops.sampled_grad import SAMPLED_BELOW, choose_route
+from partune.ops.sampled_grad import PANELS_FROM, choose_route
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 ROUTES = ["sampled", "panels"]
@@ -203,13 +203,14 @@ def test_opcheck(ops: Any, device: torch.device, route: str) -> None:
     torch.library.opcheck(ops.sampled_grad_.default, arguments, {"route": route})
 
 
-def test_sizes_beyond_int32() -> None:
+@pytest.mark.parametrize("route", ["sampled", "blocks"])
+def test_sizes_beyond_int32(route: str) -> None:
     """Of a fake: 2^32 elements of a factor, and of the product that is never formed."""
     grad = torch.empty(2**20, 2**12, device="meta")
     input = torch.empty(2**20, 2**20, device="meta")
     crow = torch.empty(2**12 + 1, dtype=torch.int64, device="meta")
     col = torch.empty(2**32, dtype=torch.int32, device="meta")
-    assert public.sampled_grad(grad, input, crow, col, route="sampled").shape == (2**32,)
+    assert public.sampled_grad(grad, input, crow, col, route=route).shape == (2**32,)
 
 
 def test_a_stale_backward_raises() -> None:
@@ -259,7 +260,7 @@ def test_in_a_compiled_backward(route: str) -> None:
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 0.5), (torch.bfloat16, 0.35)])
 def test_choose_route(dtype: torch.dtype, limit: float) -> None:
     """Sampled below the density of the table, panels from there on."""
-    assert SAMPLED_BELOW["cpu", dtype] == limit
+    assert PANELS_FROM["cpu", dtype][0] == limit
     factor = torch.empty(8, 100, dtype=dtype)
     below, above = torch.empty(int(limit * 10_000) - 1), torch.empty(int(limit * 10_000))
     assert choose_route(factor, factor, below) == "sampled"

@@ -13,7 +13,7 @@ from op_cases import GPU, Backend, assert_close, embed
 from partune import ops as public
 from partune.ops._contract import OPS
 from partune.ops.csr import csr_from_mask
-from partune.ops.sampled_grad import BLOCKS_BELOW, choose_route, sampled_grad_of_layer
+from partune.ops.sampled_grad import PANELS_FROM, choose_route, sampled_grad_of_layer
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # Tokens, rows, columns: no, one and several blocks of tokens, panels of rows and of columns.
@@ -204,24 +204,6 @@ def test_opcheck(ops: Any, device: torch.device) -> None:
     torch.library.opcheck(ops.sampled_grad_.default, arguments, {"route": "blocks"})
 
 
-def test_sizes_beyond_int32() -> None:
-    """Of a fake: 2^32 elements of a factor, and of the product that is never formed."""
-    grad = torch.empty(2**20, 2**12, device="meta")
-    input = torch.empty(2**20, 2**20, device="meta")
-    crow = torch.empty(2**12 + 1, dtype=torch.int64, device="meta")
-    col = torch.empty(2**32, dtype=torch.int32, device="meta")
-    assert public.sampled_grad(grad, input, crow, col, route="blocks").shape == (2**32,)
-
-
-def test_a_stale_backward_raises() -> None:
-    values, *rest = case((5, 8, 12), torch.float32)
-    leaf = torch.ones_like(values).requires_grad_()
-    product = leaf * values
-    public.sampled_grad_(values, *rest, route="blocks")
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        product.sum().backward()
-
-
 def test_auto_takes_no_blocks_by_itself() -> None:
     """It doesn't read the CSR: of one that is no blocks the values are right."""
     mask = torch.zeros(8, 8, dtype=torch.bool)
@@ -235,7 +217,7 @@ def test_auto_takes_no_blocks_by_itself() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_choose_route(dtype: torch.dtype) -> None:
     """Blocks below the density of their table, panels from there on."""
-    limit = BLOCKS_BELOW["cpu", dtype]
+    _, limit = PANELS_FROM["cpu", dtype]
     factor = torch.empty(8, 100, dtype=dtype)
     below, above = torch.empty(int(limit * 10_000) - 1), torch.empty(round(limit * 10_000))
     assert choose_route(factor, factor, below, blocks=True) == "blocks"

@@ -57,7 +57,7 @@ class SparseExperts(WrittenLayer):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """[tokens, features], the experts of each token and what they count, [tokens, k]."""
         experts: Any = self
-        if experts._is_expert_parallel:
+        if getattr(self, "_is_expert_parallel", False):
             raise RuntimeError(
                 "experts: got some that are spread over devices (expert parallelism), whose "
                 "weights can't be written; train them unsharded"

@@ -15,31 +15,22 @@ from partune.ops.csr import row_indices
 
 ROUTES = ("sampled", "panels", "blocks")
 BLOCK = 4  # rows, and columns, of a block of "blocks"
-# From which density on the panels are faster; always sampled where nothing is said. On the CPU as
-# measured (Zen 4, AVX-512, one thread, 256 to 1024 tokens, 1024 and 2048 wide), float64 excepted,
-# which is an estimate: dense products of float16 take fifteen times as long there. On a GPU
-# arithmetic for an H100, nothing measured: the dense product at 600 (16 bits), 50 and 60 TFLOP/s,
-# packed columns from its L2 cache at 5 TB/s.
-SAMPLED_BELOW = {
-    ("cpu", torch.float64): 0.4,
-    ("cpu", torch.float32): 0.5,
-    ("cpu", torch.bfloat16): 0.35,
-    ("cuda", torch.float64): 0.02,
-    ("cuda", torch.float32): 0.05,
-    ("cuda", torch.bfloat16): 0.008,
-    ("cuda", torch.float16): 0.008,
+# From which density on the panels are faster than single entries, and than blocks; never where
+# nothing is said. On the CPU as measured (Zen 4, AVX-512, one thread, 256 to 1024 tokens, 1024 and
+# 2048 wide), single entries of float64 excepted, which are an estimate: dense products of float16
+# take fifteen times as long there. On a GPU arithmetic for an H100, nothing measured: the dense
+# product at 600 (16 bits), 50 and 60 TFLOP/s, packed columns from its L2 cache at 5 TB/s, of which
+# a load serves four entries of a block.
+PANELS_FROM = {
+    ("cpu", torch.float64): (0.4, 0.8),
+    ("cpu", torch.float32): (0.5, 0.95),
+    ("cpu", torch.bfloat16): (0.35, 0.45),
+    ("cuda", torch.float64): (0.02, 0.08),
+    ("cuda", torch.float32): (0.05, 0.2),
+    ("cuda", torch.bfloat16): (0.008, 0.03),
+    ("cuda", torch.float16): (0.008, 0.03),
 }
-# The same for "blocks", measured in the same way, float64 too; on a GPU a load from the L2 cache
-# serves four entries.
-BLOCKS_BELOW = {
-    ("cpu", torch.float64): 0.8,
-    ("cpu", torch.float32): 0.95,
-    ("cpu", torch.bfloat16): 0.45,
-    ("cuda", torch.float64): 0.08,
-    ("cuda", torch.float32): 0.2,
-    ("cuda", torch.bfloat16): 0.03,
-    ("cuda", torch.float16): 0.03,
-}
+_NEVER = (float("inf"), float("inf"))
 # Rows of the product that the reference holds at a time.
 REFERENCE_ROWS = 256
 
@@ -154,8 +145,7 @@ def choose_route(grad: Tensor, input: Tensor, col_indices: Tensor, *, blocks: bo
 
     With `blocks`, of a CSR of aligned blocks of 4 by 4, "blocks" takes the place of "sampled".
     """
-    limits = BLOCKS_BELOW if blocks else SAMPLED_BELOW
-    limit = limits.get((grad.device.type, grad.dtype), float("inf"))
+    limit = PANELS_FROM.get((grad.device.type, grad.dtype), _NEVER)[blocks]
     entries = grad.shape[1] * input.shape[1]
     if entries > 0 and col_indices.numel() >= limit * entries:
         return "panels"

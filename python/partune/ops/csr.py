@@ -67,21 +67,13 @@ def validate_blocks(crow_indices: Tensor, col_indices: Tensor, block: tuple[int,
         >>> crow_indices, col_indices = csr_from_mask(torch.ones(2, 4, dtype=torch.bool))
         >>> validate_blocks(crow_indices, col_indices, (2, 2))
     """
-    if block == (1, 1) or col_indices.numel() == 0:
-        return
-    lengths, (rows, columns) = crow_indices.diff(), block
-    whole = lengths.numel() % rows == 0 and not bool((lengths % columns != 0).any())
+    rows, columns = block
+    firsts = row_indices(crow_indices, col_indices.numel()) % rows == 0  # in blocks' first rows
+    blocks = crow_indices[::rows] // (rows * columns), col_indices[firsts][::columns] // columns
+    whole = (crow_indices.numel() - 1) % rows == 0 and int(blocks[0][-1]) == blocks[1].numel()
     if whole:
-        whole = not bool((lengths.view(-1, rows) != lengths[::rows, None]).any())
-    if whole:
-        row = row_indices(crow_indices, col_indices.numel())
-        above = torch.arange(row.numel(), device=row.device) - (
-            crow_indices[row] - crow_indices[row // rows * rows]
-        )  # the same place in a block's first row
-        runs = col_indices.view(-1, columns)
-        follow = runs[:, :1] + torch.arange(columns, dtype=torch.int32, device=runs.device)
-        whole = torch.equal(col_indices[above], col_indices) and torch.equal(runs, follow)
-        whole = whole and not bool((runs[:, 0] % columns != 0).any())
+        crow, col = csr_of_blocks(*blocks, block)
+        whole = torch.equal(crow, crow_indices) and torch.equal(col, col_indices)
     if not whole:
         raise ValueError(
             f"col_indices: got entries that are no blocks of {rows}x{columns}, want those of a "
@@ -143,3 +135,13 @@ def split_csr(crow_indices: Tensor, col_indices: Tensor, slices: int) -> list[Cs
         (crow_indices[i * rows : (i + 1) * rows + 1] - i * col.numel(), col)
         for i, col in enumerate(cols)
     ]
+
+
+def csr_of_blocks(crow_indices: Tensor, col_indices: Tensor, block: tuple[int, int]) -> Csr:
+    """The entries' CSR of a CSR that names blocks."""
+    lengths = (crow_indices.diff() * block[1]).repeat_interleave(block[0])
+    crow = torch.cat([crow_indices[:1], lengths.cumsum(0)])
+    rows = row_indices(crow, col_indices.numel() * block[0] * block[1])
+    places = torch.arange(rows.numel(), device=rows.device) - crow[rows]  # in their rows
+    blocks = crow_indices[rows // block[0]] + places // block[1]
+    return crow, (col_indices[blocks] * block[1] + places % block[1]).to(torch.int32)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from partune import ops
 from partune.ops._checks import SIXTEEN_BIT
-from partune.ops.csr import Csr, row_indices
+from partune.ops.csr import Csr, csr_of_blocks
 from partune.selection.budget import Block, Layout, check_block
 from partune.selection.protocol import Factors, Proposal, Scores
 
@@ -56,7 +56,7 @@ def _topk_of_blocks(proposal: Proposal, k: int, block: Block) -> Csr:
         raise ValueError(f"k: got {k}, want a multiple of {size}, the entries of a block")
     largest = not isinstance(proposal, Scores) or proposal.largest
     chosen = ops.topk_csr(_block_scores(proposal, block), k // size, largest=largest)
-    return _entries_of_blocks(*chosen, block)
+    return csr_of_blocks(*chosen, block)
 
 
 def _block_scores(proposal: Proposal, block: Block) -> Tensor:
@@ -74,13 +74,3 @@ def _sums(scores: Tensor, block: Block) -> Tensor:
     dtype = torch.float32 if scores.dtype in SIXTEEN_BIT else scores.dtype
     tiles = scores.view(rows // block[0], block[0], columns // block[1], block[1])
     return tiles.sum((1, 3), dtype=dtype)
-
-
-def _entries_of_blocks(crow_indices: Tensor, col_indices: Tensor, block: Block) -> Csr:
-    """The entries' CSR of the blocks' one."""
-    lengths = (crow_indices.diff() * block[1]).repeat_interleave(block[0])
-    crow = torch.cat([crow_indices[:1], lengths.cumsum(0)])
-    rows = row_indices(crow, col_indices.numel() * block[0] * block[1])
-    places = torch.arange(rows.numel(), device=rows.device) - crow[rows]  # in their rows
-    blocks = crow_indices[rows // block[0]] + places // block[1]
-    return crow, (col_indices[blocks] * block[1] + places % block[1]).to(torch.int32)
